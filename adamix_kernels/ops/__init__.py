@@ -1,0 +1,1 @@
+"""One module per op family: the reference, its spec, its public function."""

@@ -1,0 +1,58 @@
+"""Arithmetic the references share: float64 accumulation, and rounding that cannot under-estimate a norm."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+#: Columns upcast to float64 at a time, so that the copy stays small beside the gradients.
+_BLOCK = 1 << 18
+
+
+def as_list(tensors: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    return [tensors] if isinstance(tensors, Tensor) else list(tensors)
+
+
+def rows(x: Tensor) -> Tensor:
+    """`[B, *]` as `[B, P]`, for empty ones too."""
+    return x.reshape(x.shape[0], math.prod(x.shape[1:]))
+
+
+def sum_sq(x: Tensor) -> Tensor:
+    """Float64 sum of squares of each row of `[B, *]`."""
+    total = torch.zeros(x.shape[0], dtype=torch.float64, device=x.device)
+    for block in rows(x).split(_BLOCK, dim=1):
+        total += block.double().square().sum(1)
+    return total
+
+
+def round_up(x: Tensor, terms: int) -> Tensor:
+    """Float32 of float64 sums of `terms` non-negative terms, never below the exact sum; NaN becomes Inf.
+
+    Any order of n float64 multiplications and additions errs by less than n 2^-52 of the sum.
+    """
+    upper = x * (1 + (terms + 1) * 2.0**-52)
+    y = upper.float()
+    y = torch.where(y.double() < upper, torch.nextafter(y, torch.full_like(y, torch.inf)), y)
+    return torch.nan_to_num(y, nan=torch.inf, posinf=torch.inf)
+
+
+def round_down(x: Tensor) -> Tensor:
+    """Float32 of non-negative float64, never above it."""
+    y = x.float()
+    return torch.where(y.double() > x, torch.nextafter(y, torch.zeros_like(y)), y)
+
+
+def weighted_sum(x: Tensor, coef: Tensor) -> Tensor:
+    """Float64 `[*]`: the sum over b of coef[b] x[b]. Rows with coef 0 are left out, whatever they hold."""
+    keep = (coef > 0)[:, None]
+    blocks = [coef.double() @ block.double().where(keep, 0.0) for block in rows(x).split(_BLOCK, dim=1)]
+    return torch.cat(blocks).reshape(x.shape[1:])
+
+
+def sum_dtype(*inputs: Tensor) -> torch.dtype:
+    """Sums are float32, or float64 if an input is."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32

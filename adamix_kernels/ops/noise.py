@@ -1,0 +1,172 @@
+"""Counter-based Gaussian noise: the same values on every backend, never the same pair of key and counter twice.
+
+A draw is one vector of noise. Each call takes the next draw number of its `Noise`; element e of the draw comes from
+words 4(e // 2) .. 4(e // 2) + 3 of the stream (key, draw), by Box-Muller with 53-bit uniforms.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import threading
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from adamix_kernels.ops import _streams
+from adamix_kernels.ops._cases import randn
+from adamix_kernels.ops._numerics import as_list
+from adamix_kernels.spec import Case, Cost, Out, define_op
+
+#: Normals made at a time: bounds the memory of the integer words.
+_CHUNK = 1 << 20
+
+
+class Noise:
+    """A source of Gaussian noise, keyed once and counting its draws.
+
+    Args:
+        seed: None takes the key from the operating system. A number makes the noise reproducible, and so known to
+            whoever knows the number: for tests and benchmarks, not for a release.
+        mode: "fast" is Philox4x32-10 (Salmon et al. 2011), statistically sound but not cryptographic; "secure" is
+            ChaCha20 (RFC 8439) and takes no seed.
+
+    A `Noise` cannot be copied, pickled or used after `fork`: each would draw the same noise twice.
+    """
+
+    def __init__(self, seed: int | None = None, mode: str = "fast") -> None:
+        if mode not in ("fast", "secure"):
+            raise ValueError(f"mode: is {mode!r}; pass 'fast' or 'secure'")
+        if mode == "secure" and seed is not None:
+            raise ValueError(f"seed: is {seed} with mode='secure', whose key comes from the operating system; drop it")
+        if seed is not None and not isinstance(seed, int):
+            raise TypeError(f"seed: is {type(seed).__name__}; pass an int, or None for a key of the operating system")
+        key = os.urandom(32) if seed is None else hashlib.blake2b(str(seed).encode(), digest_size=32).digest()
+        self._start(key, mode)
+
+    @classmethod
+    def _with_key(cls, key: bytes, mode: str) -> Noise:
+        """A source with a chosen 32-byte key: test vectors, and ranks that share one stream."""
+        source = cls.__new__(cls)
+        source._start(key, mode)
+        return source
+
+    def _start(self, key: bytes, mode: str) -> None:
+        words = [int.from_bytes(key[i : i + 4], "little") for i in range(0, 32, 4)]
+        self.mode = mode
+        self._key = words if mode == "secure" else words[:2]
+        self._draws = 0
+        self._lock = threading.Lock()
+        self._pid = os.getpid()
+
+    def next_draw(self) -> int:
+        """Reserve a draw number; no other call gets it."""
+        if os.getpid() != self._pid:
+            raise RuntimeError("noise: this Noise was made before a fork and would repeat draws; make one per process")
+        with self._lock:
+            self._draws += 1
+            return self._draws - 1
+
+    def normal(self, draw: int, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
+        """Standard normals `start .. start + count` of a reserved draw: `[count]` float64."""
+        first, last = start // 2, (start + count + 1) // 2
+        words = self._words(draw, 4 * first, 4 * (last - first), device).view(-1, 4)
+        radius = (-2.0 * ((_uniform_bits(words[:, 0], words[:, 1]) + 1).double() * 2.0**-53).log()).sqrt()
+        angle = _uniform_bits(words[:, 2], words[:, 3]).double() * (2.0**-53 * 2.0 * math.pi)
+        pairs = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=1).view(-1)
+        return pairs[start - 2 * first :][:count]
+
+    def uniform(self, count: int, device: torch.device | str = "cpu") -> Tensor:
+        """A draw of `count` uniforms in [0, 1) with 53 bits, float64: for sampling that must stay secret."""
+        words = self._words(self.next_draw(), 0, 2 * count, device).view(-1, 2)
+        return _uniform_bits(words[:, 0], words[:, 1]).double() * 2.0**-53
+
+    def _words(self, draw: int, first: int, count: int, device: torch.device | str) -> Tensor:
+        stream = _streams.chacha20 if self.mode == "secure" else _streams.philox
+        return stream(self._key, draw, first, count, device)
+
+    def __repr__(self) -> str:
+        return f"Noise(mode={self.mode!r}, draws={self._draws})"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("noise: a Noise cannot be copied or pickled, both would repeat its draws; make a new Noise()")
+
+
+def _uniform_bits(high: Tensor, low: Tensor) -> Tensor:
+    """53 random bits of two 32-bit words."""
+    return ((high >> 5) << 26) | (low >> 6)
+
+
+def _oracle(tensor: Any, std: float | Tensor, noise: Noise) -> Any:
+    draw, offset = noise.next_draw(), 0
+    for part in as_list(tensor):
+        for i in range(part.numel()):
+            z = noise.normal(draw, offset + i, 1)
+            part.view(-1)[i] += float(std) * float(z)
+        offset += part.numel()
+    return tensor
+
+
+def _cases() -> list[Case]:
+    def case(name: str, *shapes: tuple[int, ...], std: Any = 0.7, secure: bool = False, strided: bool = False) -> Case:
+        def build(g: torch.Generator) -> dict[str, Any]:
+            tensors = [randn(g, *shape) for shape in shapes]
+            noise = Noise._with_key(bytes(range(32)), "secure") if secure else Noise(seed=5)
+            return {"tensor": tensors if len(tensors) > 1 else tensors[0], "std": std, "noise": noise}
+
+        return Case(name, build, strided)
+
+    return [
+        case("plain", (5, 13)),
+        case("secure", (70,), secure=True),
+        case("one number", (1,)),
+        case("empty", (0, 4)),
+        case("odd list", (3,), (0,), (2, 5), (1,), (7,)),
+        case("std tensor", (9,), std=torch.tensor(1.5, dtype=torch.float64)),
+        case("strided", (4, 6), strided=True),
+    ]
+
+
+def _check(tensor: Any, std: float | Tensor, noise: Noise) -> None:
+    if isinstance(std, Tensor):
+        if std.dim() != 0:
+            raise ValueError(f"std has shape {list(std.shape)}; pass a number or a scalar tensor []")
+    elif not 0 <= std < math.inf:
+        raise ValueError(f"std is {std}; pass a finite number >= 0")
+    if not isinstance(noise, Noise):
+        raise TypeError(f"noise is {type(noise).__name__}; pass adamix_kernels.Noise()")
+
+
+@define_op(
+    shapes={"tensor": "...[]"},
+    returns=[Out("tensor", "...", rtol=1e-6, of_max=True)],
+    oracle=_oracle,
+    cases=_cases,
+    cost=lambda tensor, **_: Cost(2 * sum(t.numel() * t.element_size() for t in as_list(tensor)), 0),
+    validate=_check,
+)
+def add_gaussian_noise_(tensor: Any, std: float | Tensor, noise: Noise) -> Any:
+    """Add independent N(0, std^2) to every element, in place.
+
+    Args:
+        tensor: a tensor of any shape, or a list of them; a list is one vector, its parts at consecutive offsets.
+        std: standard deviation, a number or a scalar tensor on the same device (it is not read on the host).
+        noise: the source; one draw of it is spent.
+
+    Returns:
+        `tensor`.
+    """
+    draw, offset = noise.next_draw(), 0
+    for part in as_list(tensor):
+        flat = part.reshape(-1)  # a view or, of a strided tensor, a copy
+        for start in range(0, flat.numel(), _CHUNK):
+            block = flat[start : start + _CHUNK]
+            z = noise.normal(draw, offset + start, block.numel(), part.device)
+            block.copy_(block.double() + z * std)
+        if flat.data_ptr() != part.data_ptr() or not part.is_contiguous():
+            part.copy_(flat.view_as(part))
+        offset += part.numel()
+    return tensor

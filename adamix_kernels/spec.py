@@ -1,0 +1,274 @@
+"""The op contract: one `Op` per operation, made from its torch reference, is the single source of everything else.
+
+An `Op` holds the argument checks, the float64 definition the tests compare with, the test cases, the cost model of
+the microbenchmarks and the row of the README's op table. Backends attach with `Op.register`; calling the op checks the
+arguments and dispatches. The reference itself is the backend named "torch" and runs everywhere.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Generic, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+#: Automatic dispatch tries backends in this order; the first that can run the call, and is worth it, wins.
+AUTO_ORDER = ("cuda", "triton", "cpp", "torch")
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INT_DTYPES = (torch.int64, torch.int32)
+
+OPS: dict[str, Op[..., Any]] = {}
+_forced: ContextVar[str] = ContextVar("adamix_kernels_backend", default="auto")
+
+
+class BackendError(RuntimeError):
+    """The backend that was asked for by name cannot run this call; the message says why."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One generated test: `build(generator)` gives the op's keyword arguments with float64 CPU tensors.
+
+    The tests cast the floating tensors to each dtype, and lay them out with gaps when `strided`.
+    """
+
+    name: str
+    build: Callable[[torch.Generator], dict[str, Any]]
+    strided: bool = False
+
+
+@dataclass(frozen=True)
+class Out:
+    """One result of an op and how near it must be to the float64 definition.
+
+    `rtol` is relative to the element, or with `of_max` to the largest element (sums, where terms cancel).
+    `never_below` marks what bounds a sensitivity: it may be above the truth by `rtol`, below it never.
+    """
+
+    name: str
+    axes: str
+    rtol: float
+    of_max: bool = False
+    never_below: bool = False
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Least memory traffic (bytes) and arithmetic (floating point operations) of one call."""
+
+    bytes: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Backend:
+    """An implementation of one op. The two callables return the reason against it, or None."""
+
+    name: str
+    run: Callable[..., Any]
+    unavailable: Callable[[], str | None]
+    refuses: Callable[..., str | None]
+
+
+@dataclass(eq=False)
+class Op(Generic[P, R]):
+    """A callable operation; see `define_op` for the fields."""
+
+    name: str
+    reference: Callable[P, R]
+    shapes: Mapping[str, str]
+    returns: tuple[Out, ...]
+    oracle: Callable[..., Any]
+    cases: Callable[[], Sequence[Case]]
+    cost: Callable[..., Cost]
+    validate: Callable[..., None] | None
+    backends: dict[str, Backend] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        functools.update_wrapper(self, self.reference)
+        parameters = inspect.signature(self.reference).parameters.values()
+        self._names = tuple(p.name for p in parameters)
+        self._defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+        self._axes = {name: _Axes.parse(text) for name, text in self.shapes.items()}
+        OPS[self.name] = self
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        bound = {**self._defaults, **dict(zip(self._names, args, strict=False)), **kwargs}
+        if len(bound) != len(self._names) or len(args) + len(kwargs) > len(self._names):
+            inspect.signature(self.reference).bind(*args, **kwargs)  # raises Python's own message
+        self.check(bound)
+        return self._run(bound)
+
+    def check(self, bound: Mapping[str, Any]) -> None:
+        """Raise TypeError or ValueError naming the argument, what was given and what was expected."""
+        sizes: dict[str, tuple[Any, str]] = {}
+        device: tuple[torch.device, str] | None = None
+        for name, axes in self._axes.items():
+            value = bound[name]
+            if value is None and self._defaults.get(name, ...) is None:
+                continue
+            for label, tensor in axes.tensors(self.name, name, value):
+                axes.check(self.name, label, tensor, sizes)
+                if device is not None and tensor.device != device[0]:
+                    raise ValueError(
+                        f"{self.name}: {label} is on {tensor.device} but {device[1]} is on {device[0]}; "
+                        "move both to one device"
+                    )
+                device = device or (tensor.device, label)
+        if self.validate is not None:
+            try:
+                self.validate(**bound)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{self.name}: {error}") from None
+
+    def register(
+        self,
+        name: str,
+        *,
+        unavailable: Callable[[], str | None] = lambda: None,
+        refuses: Callable[..., str | None] = lambda **_: None,
+    ) -> Callable[[Callable[P, R]], Callable[P, R]]:
+        """Attach an implementation: `unavailable()` asks about the machine, `refuses(**arguments)` about one call."""
+        if name not in AUTO_ORDER:
+            raise ValueError(f"name: {name!r} is not a backend; expected one of {AUTO_ORDER}")
+
+        def attach(run: Callable[P, R]) -> Callable[P, R]:
+            self.backends[name] = Backend(name, run, unavailable, refuses)
+            return run
+
+        return attach
+
+    def _run(self, bound: dict[str, Any]) -> R:
+        forced = _forced.get()
+        if forced == "torch":
+            return self.reference(**bound)  # type: ignore[call-arg]
+        if forced != "auto":
+            reason = self.why_not(forced, bound)
+            if reason is not None:
+                raise BackendError(f"{self.name}: backend {forced!r} was asked for but {reason}")
+            return self.backends[forced].run(**bound)
+        for name in AUTO_ORDER:
+            if name in self.backends and self.why_not(name, bound) is None:
+                return self.backends[name].run(**bound)
+        return self.reference(**bound)  # type: ignore[call-arg]
+
+    def why_not(self, backend: str, bound: Mapping[str, Any] | None = None) -> str | None:
+        """Why `backend` cannot run this op (or, with `bound`, this call); None if it can."""
+        if backend == "torch":
+            return None
+        if backend not in self.backends:
+            return f"this op has no {backend!r} implementation"
+        entry = self.backends[backend]
+        return entry.unavailable() or (entry.refuses(**bound) if bound is not None else None)
+
+
+def define_op(
+    *,
+    shapes: Mapping[str, str],
+    returns: Sequence[Out],
+    oracle: Callable[..., Any],
+    cases: Callable[[], Sequence[Case]],
+    cost: Callable[..., Cost],
+    validate: Callable[..., None] | None = None,
+) -> Callable[[Callable[P, R]], Op[P, R]]:
+    """Make an `Op` of the decorated torch reference.
+
+    `shapes` maps each tensor argument to its axes: names separated by blanks, equal names mean equal sizes; `*` any
+    number of axes, the same in every argument; `...` any number, unrelated; a prefix `int:` asks for integers; a
+    suffix `[]` also takes a list of such tensors. `validate` raises on anything else that is wrong, in words that start
+    with the argument's name. `oracle` is the definition, in float64, one sample at a time.
+    """
+
+    def wrap(reference: Callable[P, R]) -> Op[P, R]:
+        return Op(reference.__name__, reference, shapes, tuple(returns), oracle, cases, cost, validate)
+
+    return wrap
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every op inside the block on backend `name` ("torch", "cpp", "triton", "cuda"), or "auto".
+
+    An op that cannot run there raises `BackendError` instead of falling back.
+    """
+    if name not in ("auto", *AUTO_ORDER):
+        raise ValueError(f"name: {name!r} is not a backend; expected 'auto' or one of {AUTO_ORDER}")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def backends() -> dict[str, dict[str, str]]:
+    """For each op, each backend: "runs", or the reason why it does not run on this machine."""
+    return {op.name: {b: op.why_not(b) or "runs" for b in AUTO_ORDER} for op in OPS.values()}
+
+
+@dataclass(frozen=True)
+class _Axes:
+    """The parsed shape of one tensor argument."""
+
+    text: str
+    head: tuple[str, ...]
+    wild: str | None
+    tail: tuple[str, ...]
+    integer: bool
+    many: bool
+
+    @classmethod
+    def parse(cls, text: str) -> _Axes:
+        body = text.removeprefix("int:").removesuffix("[]")
+        axes = body.split()
+        wild = next((a for a in axes if a in ("*", "...")), None)
+        cut = axes.index(wild) if wild else len(axes)
+        return cls(
+            f"[{', '.join(axes)}]",
+            tuple(axes[:cut]),
+            wild,
+            tuple(axes[cut + 1 :]),
+            text.startswith("int:"),
+            text.endswith("[]"),
+        )
+
+    def tensors(self, op: str, name: str, value: Any) -> list[tuple[str, Tensor]]:
+        items = [(name, value)]
+        if self.many and isinstance(value, list | tuple):
+            if not value:
+                raise ValueError(f"{op}: {name} is an empty list; pass at least one tensor of shape {self.text}")
+            items = [(f"{name}[{i}]", v) for i, v in enumerate(value)]
+        for label, item in items:
+            if not isinstance(item, Tensor):
+                wanted = f"a tensor {self.text}" + (" or a list of them" if self.many else "")
+                raise TypeError(f"{op}: {label} is {type(item).__name__}; expected {wanted}")
+        return items
+
+    def check(self, op: str, label: str, tensor: Tensor, sizes: dict[str, tuple[Any, str]]) -> None:
+        kinds = INT_DTYPES if self.integer else FLOAT_DTYPES
+        if tensor.dtype not in kinds:
+            names = ", ".join(str(k).removeprefix("torch.") for k in kinds)
+            raise TypeError(f"{op}: {label} has dtype {tensor.dtype}; expected one of {names}")
+        shape = tuple(tensor.shape)
+        fixed = len(self.head) + len(self.tail)
+        if len(shape) < fixed or (self.wild is None and len(shape) != fixed):
+            raise ValueError(f"{op}: {label} has shape {list(shape)}; expected {self.text}")
+        stop = len(shape) - len(self.tail)
+        found: list[tuple[str, Any]] = list(zip(self.head + self.tail, shape[: len(self.head)] + shape[stop:], strict=True))
+        if self.wild == "*" and not self.many:
+            found.append(("*", shape[len(self.head) : stop]))
+        for axis, size in found:
+            known, source = sizes.setdefault(axis, (size, label))
+            if known != size:
+                show = list(known) if axis == "*" else known
+                raise ValueError(
+                    f"{op}: {label} has shape {list(shape)}; expected {self.text} with {axis}={show} as in {source}"
+                )
