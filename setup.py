@@ -42,7 +42,7 @@ class NinjaBuild(build_ext):
         openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
         link = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
         with (build / "build.ninja").open("w") as file:
-            writer = Writer(file)
+            writer = Writer(file)  # type: ignore[arg-type]
             writer.rule(
                 "compile",
                 " ".join(["$cxx -MMD -MF $out.d", *COMPILE, *openmp, *(f"-I{i}" for i in includes), "-c $in -o $out"]),
@@ -51,10 +51,10 @@ class NinjaBuild(build_ext):
             )
             writer.rule("link", " ".join(["$cxx -shared", *openmp, *link, "$in -o $out"]))
             writer.variable("cxx", os.environ.get("CXX", "c++"))
-            objects = [
-                writer.build(f"{Path(source).stem}.o", "compile", str(ROOT / source))[0] for source in ext.sources
-            ]
-            writer.build(str(target), "link", objects)
+            objects = [f"{Path(source).stem}.o" for source in ext.sources]
+            for compiled, source in zip(objects, ext.sources, strict=True):
+                writer.build([compiled], "compile", [str(ROOT / source)])
+            writer.build([str(target)], "link", objects)
         subprocess.run([str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(build)], check=True)
 
 

@@ -2,27 +2,42 @@
 
 from adamix_kernels import native as _native  # noqa: F401  attaches the compiled kernels, loads nothing yet
 from adamix_kernels.ops.clip import ClippedSum, clip_coef, clip_sum, clip_sum_noise
+from adamix_kernels.ops.conv import ConvSum, conv_clip_sum, conv_norm_sq
+from adamix_kernels.ops.embedding import embedding_clip_sum, embedding_norm_sq
 from adamix_kernels.ops.head import HeadSum, softmax_head_clip_sum_noise
+from adamix_kernels.ops.linear import LinearSum, linear_clip_sum, linear_norm_sq
 from adamix_kernels.ops.noise import Noise, add_gaussian_noise_
 from adamix_kernels.ops.norm import grad_norm_sq
 from adamix_kernels.ops.quantile import norm_quantile
+from adamix_kernels.ops.scale_shift import ScaleShiftSum, scale_shift_clip_sum, scale_shift_norm_sq
 from adamix_kernels.ops.subspace import lift, project, subspace_basis
 from adamix_kernels.spec import BackendError, backends, use_backend
 
 __all__ = [
     "BackendError",
     "ClippedSum",
+    "ConvSum",
     "HeadSum",
+    "LinearSum",
     "Noise",
+    "ScaleShiftSum",
     "add_gaussian_noise_",
     "backends",
     "clip_coef",
     "clip_sum",
     "clip_sum_noise",
+    "conv_clip_sum",
+    "conv_norm_sq",
+    "embedding_clip_sum",
+    "embedding_norm_sq",
     "grad_norm_sq",
     "lift",
+    "linear_clip_sum",
+    "linear_norm_sq",
     "norm_quantile",
     "project",
+    "scale_shift_clip_sum",
+    "scale_shift_norm_sq",
     "softmax_head_clip_sum_noise",
     "subspace_basis",
     "use_backend",

@@ -22,7 +22,7 @@ def load() -> ModuleType | str:
     if importlib.util.find_spec("adamix_kernels._cpu") is None:
         return "the compiled CPU kernels were not built; install again with a C++17 compiler at hand"
     try:
-        from adamix_kernels import _cpu
+        from adamix_kernels import _cpu  # type: ignore[attr-defined]
     except ImportError as error:
         reason = f"the compiled CPU kernels do not load: {error}; install again to rebuild them"
         warnings.warn(f"adamix_kernels: {reason}. Falling back to torch.", RuntimeWarning, stacklevel=2)
@@ -47,7 +47,8 @@ def _grad_norm_sq(grad_sample: Tensor | Sequence[Tensor]) -> Tensor:
     parts = [part.detach().contiguous() for part in as_list(grad_sample)]
     out = torch.empty(parts[0].shape[0], dtype=torch.float32)
     described = [
-        (p.data_ptr(), math.prod(p.shape[1:]), getattr(module.DType, str(p.dtype).removeprefix("torch."))) for p in parts
+        (p.data_ptr(), math.prod(p.shape[1:]), getattr(module.DType, str(p.dtype).removeprefix("torch.")))
+        for p in parts
     ]
     module.grad_norm_sq(described, len(out), out.data_ptr(), torch.get_num_threads())
     return out

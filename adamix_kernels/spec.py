@@ -262,7 +262,9 @@ class _Axes:
         if len(shape) < fixed or (self.wild is None and len(shape) != fixed):
             raise ValueError(f"{op}: {label} has shape {list(shape)}; expected {self.text}")
         stop = len(shape) - len(self.tail)
-        found: list[tuple[str, Any]] = list(zip(self.head + self.tail, shape[: len(self.head)] + shape[stop:], strict=True))
+        found: list[tuple[str, Any]] = list(
+            zip(self.head + self.tail, shape[: len(self.head)] + shape[stop:], strict=True)
+        )
         if self.wild == "*" and not self.many:
             found.append(("*", shape[len(self.head) : stop]))
         for axis, size in found:

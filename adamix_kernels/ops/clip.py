@@ -29,11 +29,15 @@ def check_mechanism(
     """The checks of every op that clips and adds noise. A threshold on the device is not read: that would wait."""
     if isinstance(max_grad_norm, Tensor):
         if max_grad_norm.dim() != 0:
-            raise ValueError(f"max_grad_norm has shape {list(max_grad_norm.shape)}; pass a number or a scalar tensor []")
+            raise ValueError(
+                f"max_grad_norm has shape {list(max_grad_norm.shape)}; pass a number or a scalar tensor []"
+            )
     elif not max_grad_norm > 0:
         raise ValueError(f"max_grad_norm is {max_grad_norm}; pass a number above 0")
     elif math.isinf(max_grad_norm) and noise_multiplier:
-        raise ValueError(f"max_grad_norm is inf with noise_multiplier {noise_multiplier}; noise needs a finite threshold")
+        raise ValueError(
+            f"max_grad_norm is inf with noise_multiplier {noise_multiplier}; noise needs a finite threshold"
+        )
     if not 0 <= noise_multiplier < math.inf:
         raise ValueError(f"noise_multiplier is {noise_multiplier}; pass a finite number >= 0")
     if noise_multiplier and not isinstance(noise, Noise):

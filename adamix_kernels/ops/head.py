@@ -96,7 +96,9 @@ def _check(labels: Tensor, weight: Tensor, **mechanism: object) -> None:
     if labels.device.type == "cpu" and labels.numel():
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= weight.shape[0]:
-            raise ValueError(f"labels lie in [{low}, {high}]; weight has {weight.shape[0]} classes: pass labels below that")
+            raise ValueError(
+                f"labels lie in [{low}, {high}]; weight has {weight.shape[0]} classes: pass labels below that"
+            )
 
 
 def _cost(features: Tensor, weight: Tensor, **_: object) -> Cost:
@@ -151,8 +153,8 @@ def softmax_head_clip_sum_noise(
     total = torch.zeros(classes, width + 1, dtype=torch.float64, device=features.device)
     norms, losses = [], []
     w, b = weight.double(), None if bias is None else bias.double()
-    for x, y in zip(features.split(_ROWS), labels.split(_ROWS), strict=True):
-        x = x.double()
+    for block, y in zip(features.split(_ROWS), labels.split(_ROWS), strict=True):
+        x = block.double()
         log_p = torch.nn.functional.linear(x, w, b).log_softmax(1)
         loss = -log_p.gather(1, y.long()[:, None])[:, 0]
         residual = log_p.exp().scatter_add(1, y.long()[:, None], -torch.ones_like(loss)[:, None])

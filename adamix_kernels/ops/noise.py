@@ -10,7 +10,6 @@ import hashlib
 import math
 import os
 import threading
-from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -130,7 +129,7 @@ def _cases() -> list[Case]:
     ]
 
 
-def _check(tensor: Any, std: float | Tensor, noise: Noise) -> None:
+def check_noise(tensor: Any, std: float | Tensor, noise: Noise | None) -> None:
     if isinstance(std, Tensor):
         if std.dim() != 0:
             raise ValueError(f"std has shape {list(std.shape)}; pass a number or a scalar tensor []")
@@ -146,7 +145,7 @@ def _check(tensor: Any, std: float | Tensor, noise: Noise) -> None:
     oracle=_oracle,
     cases=_cases,
     cost=lambda tensor, **_: Cost(2 * sum(t.numel() * t.element_size() for t in as_list(tensor)), 0),
-    validate=_check,
+    validate=check_noise,
 )
 def add_gaussian_noise_(tensor: Any, std: float | Tensor, noise: Noise) -> Any:
     """Add independent N(0, std^2) to every element, in place.

@@ -119,9 +119,9 @@ def _projection_cases(name: str, width: int) -> list[Case]:
 @define_op(
     shapes={"grad_sample": "... P", "basis": "K P"},
     returns=[Out("coordinates", "... K", rtol=2e-6, of_max=True)],
-    oracle=lambda grad_sample, basis: torch.stack([(grad_sample * row).sum(-1) for row in basis], -1)
-    if len(basis)
-    else grad_sample[..., :0],
+    oracle=lambda grad_sample, basis: (
+        torch.stack([(grad_sample * row).sum(-1) for row in basis], -1) if len(basis) else grad_sample[..., :0]
+    ),
     cases=lambda: _projection_cases("grad_sample", 21),
     cost=lambda grad_sample, basis: Cost(4 * grad_sample.numel(), 2 * grad_sample.numel() * len(basis)),
 )

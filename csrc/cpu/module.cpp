@@ -20,10 +20,7 @@ PYBIND11_MODULE(_cpu, m) {
       .value("bfloat16", DType::kBFloat16)
       .value("float16", DType::kFloat16)
       .value("float64", DType::kFloat64);
-  py::enum_<Isa>(m, "Isa")
-      .value("portable", Isa::kPortable)
-      .value("avx2", Isa::kAvx2)
-      .value("avx512", Isa::kAvx512);
+  py::enum_<Isa>(m, "Isa").value("portable", Isa::kPortable).value("avx2", Isa::kAvx2).value("avx512", Isa::kAvx512);
   m.def("best_isa", &adamix::best_isa);
   m.def("use_isa", [](Isa isa) {
     if (isa > adamix::best_isa()) throw std::invalid_argument("isa: this processor does not have it");

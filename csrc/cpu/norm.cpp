@@ -36,11 +36,12 @@ ADAMIX_INLINE double widen(float x) { return x; }
 ADAMIX_INLINE double widen(BFloat16 x) { return as_float(static_cast<uint32_t>(x.bits) << 16); }
 // Bit arithmetic that a compiler vectorises without F16C, and right even where the processor flushes denormals.
 ADAMIX_INLINE double widen(Float16 x) {
-  const uint32_t sign = (x.bits & 0x8000u) << 16, magnitude = x.bits & 0x7FFFu;
-  const uint32_t rebias = magnitude >= 0x7C00u ? 224u << 23 : 112u << 23;  // Inf and NaN keep the top exponent
-  const float normal = as_float(sign | ((magnitude << 13) + rebias));
-  const float denormal = static_cast<float>(static_cast<int32_t>(magnitude)) * (sign ? -0x1p-24f : 0x1p-24f);
-  return magnitude < 0x0400u ? denormal : normal;
+  const int32_t magnitude = x.bits & 0x7FFF;
+  const int32_t rebias = magnitude >= 0x7C00 ? 224 << 23 : 112 << 23;  // Inf and NaN keep the top exponent
+  const double normal = as_float((magnitude << 13) + rebias);
+  const double denormal = magnitude * 0x1p-24;
+  const double value = magnitude < 0x0400 ? denormal : normal;
+  return x.bits & 0x8000 ? -value : value;
 }
 
 template <class T>

@@ -1,0 +1,24 @@
+"""AdaMix: differentially private training on public and private data together."""
+
+from adamix.config import Config
+from adamix.data import Split, load_split
+from adamix.errors import InputError
+from adamix.features import extract_features
+from adamix.privacy import calibrate, spent
+from adamix.private_phase import Step
+from adamix.rows import Rows
+from adamix.trainer import AdaMix, Result
+
+__all__ = [
+    "AdaMix",
+    "Config",
+    "InputError",
+    "Result",
+    "Rows",
+    "Split",
+    "Step",
+    "calibrate",
+    "extract_features",
+    "load_split",
+    "spent",
+]

@@ -1,0 +1,51 @@
+"""The command line: `adamix train|baselines|features|info`, also `python -m adamix`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from adamix import cli
+from adamix.errors import InputError
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, as for every other bad input."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    root = _Parser(prog="adamix", description="Differentially private training with a little public data (AdaMix).")
+    root.add_argument("--version", action="version", version=cli.version())
+    commands = root.add_subparsers(dest="command", required=True, parser_class=_Parser)
+    for add in (cli.add_train, cli.add_baselines, cli.add_features, cli.add_info):
+        add(commands)
+    return root
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; bad input ends with one line and exit code 2."""
+    arguments = parser().parse_args(argv)
+    with warnings.catch_warnings():
+        warnings.showwarning = _one_line_warning  # type: ignore[assignment]
+        try:
+            result: dict[str, Any] = arguments.run(arguments)
+        except InputError as error:
+            print(f"adamix {arguments.command}: error: {error}", file=sys.stderr)
+            return 2
+    if arguments.json:
+        print(json.dumps(result))
+    return 0
+
+
+def _one_line_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

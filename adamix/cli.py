@@ -1,0 +1,367 @@
+"""The commands of the command line: their arguments, and what they print."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import os
+import platform
+import re
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+import adamix_kernels
+from adamix import baselines, features
+from adamix.config import Config
+from adamix.data import DEFAULT_SOURCE, Split, load_split
+from adamix.datasets import BENCHMARKS
+from adamix.errors import InputError
+from adamix.report import check_out, finite, write_run
+from adamix.rows import Rows
+from adamix.trainer import AdaMix, Result
+
+Commands = Any  # argparse keeps the type of a group of subparsers to itself
+
+
+def version() -> str:
+    return f"adamix {metadata.version('adamix')}"
+
+
+def _add(commands: Commands, name: str, run: Callable[[argparse.Namespace], dict[str, Any]], text: str) -> Any:
+    parser = commands.add_parser(name, help=text, description=text)
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line of stdout")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _console(arguments: argparse.Namespace) -> Console:
+    """Tables go to stdout, or with --json to stderr."""
+    return Console(stderr=arguments.json, highlight=False)
+
+
+# --- train -----------------------------------------------------------------------------------------------------------
+
+
+def add_train(commands: Commands) -> None:
+    parser = _add(commands, "train", train, "Train a private classifier with a little public data.")
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--data", default=DEFAULT_SOURCE, help=f"{', '.join(BENCHMARKS)}, an .npz file or an image folder"
+    )
+    for name in ("public", "private", "test"):
+        data.add_argument(f"--{name}", help=f"{name} rows: an .npz file with X and y, or a folder of images per class")
+    data.add_argument("--shots", type=int, help="public rows per class")
+    data.add_argument("--private-rows", type=int, help="private rows of a built-in set")
+    data.add_argument("--seed", type=int, default=0, help="draws the rows of a built-in set; never the noise")
+    data.add_argument("--backbone", default="efficientnet-lite0", help="network that turns images into features")
+    parser.add_argument("--device", help="cpu, cuda, ...; default: a GPU if there is one")
+    parser.add_argument("--compare", action="store_true", help="also train without privacy (outside the guarantee)")
+    parser.add_argument("--out", help="new folder for config, metrics, weights and plot")
+    settings = parser.add_argument_group("settings")
+    described = _settings_help()
+    for field in dataclasses.fields(Config):
+        flag = "--" + field.name.replace("_", "-")
+        default = 3.0 if field.name == "epsilon" else field.default
+        if field.name == "expected_batch_size":
+            default = None
+        if field.type == "bool":
+            settings.add_argument(
+                flag, action=argparse.BooleanOptionalAction, default=default, help=described[field.name]
+            )
+        else:
+            settings.add_argument(
+                flag, type=_parser_of(str(field.type)), default=default, help=described[field.name], metavar="VALUE"
+            )
+
+
+def _settings_help() -> dict[str, str]:
+    """The help of each setting is its entry in the docstring of `Config`."""
+    text = (inspect.getdoc(Config) or "").split("Args:")[1].split("Raises:")[0]
+    entries = re.split(r"^    (?=\w+: )", text, flags=re.MULTILINE)[1:]
+    found = (entry.split(": ", 1) for entry in entries)
+    return {name: " ".join(words.split()).replace("%", "%%") for name, words in found}
+
+
+def _parser_of(annotation: str) -> Callable[[str], Any]:
+    kind = {"float": float, "int": int, "str": str}[annotation.removesuffix(" | None")]
+
+    def parse(text: str) -> Any:
+        return None if annotation.endswith("None") and text.lower() == "none" else kind(text)
+
+    parse.__name__ = annotation.replace(" | None", " or none")  # argparse names it in its message
+    return parse
+
+
+def train(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run AdaMix once and show what it gained."""
+    if arguments.out is not None:
+        check_out(arguments.out)
+    split = _to_device(
+        load_split(
+            arguments.data,
+            public=arguments.public,
+            private=arguments.private,
+            test=arguments.test,
+            shots=arguments.shots,
+            private_rows=arguments.private_rows,
+            seed=arguments.seed,
+            backbone=arguments.backbone,
+        ),
+        arguments.device,
+    )
+    settings = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Config)}
+    if settings["expected_batch_size"] is None:
+        settings["expected_batch_size"] = _expected_batch_size(split, settings["sample_rate"])
+    trainer = AdaMix(**settings)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("private steps", total=trainer.config.steps)
+        result = trainer.fit(
+            public=split.public, private=split.private, test=split.test, on_step=lambda _: progress.advance(task)
+        )
+    summary = summarise(result, split, arguments.seed)
+    if split.benchmark or arguments.compare:
+        paragon = baselines.paragon_error(split)
+        summary |= {
+            "paragon_error": paragon,
+            "error_increase": baselines.error_increase(summary["test_error"], paragon) if paragon else None,
+        }
+    if arguments.out is not None:
+        write_run(arguments.out, result, summary)
+    _show_run(_console(arguments), summary, split, arguments.out)
+    return summary
+
+
+def _to_device(split: Split, device: str | None) -> Split:
+    try:
+        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        moved: dict[str, Any] = {
+            name: Rows(*(t.to(target) for t in getattr(split, name)))
+            for name in ("public", "private", "validation", "test")
+        }
+    except (RuntimeError, AssertionError) as error:  # torch says so in either way
+        raise InputError(f"device: {device!r} cannot be used ({str(error).splitlines()[0]}); pass cpu") from error
+    return dataclasses.replace(split, **moved)
+
+
+def _expected_batch_size(split: Split, sample_rate: float) -> int:
+    if split.expected_batch_size is None:
+        raise InputError(
+            "expected-batch-size: missing; for your own rows pass --expected-batch-size, a figure that may be public "
+            "(the planned number of private rows per step), because a count of the private rows is itself private"
+        )
+    return max(1, round(split.expected_batch_size * sample_rate))
+
+
+def summarise(result: Result, split: Split, seed: int) -> dict[str, Any]:
+    """The figures of a run, errors in percent."""
+    return {
+        "method": "AdaMix",
+        "data": split.name,
+        "test_error": result.test_error,
+        "public_error": result.public_error,
+        "epsilon": finite(result.epsilon),
+        "delta": result.delta,
+        "noise_multiplier": result.noise_multiplier,
+        "steps": len(result.steps),
+        "seed": seed,
+    }
+
+
+def _show_run(console: Console, summary: dict[str, Any], split: Split, out: str | None) -> None:
+    size = "" if split.expected_batch_size is None else f", {split.expected_batch_size} private rows"
+    table = Table(title=f"{split.name}: {len(split.public.y)} public rows{size}")
+    for column in ("", "test error %", "epsilon", "delta"):
+        table.add_column(column, justify="left" if not column else "right")
+    table.add_row("public only", f"{summary['public_error']:.2f}", "0", "0")
+    epsilon = summary["epsilon"]
+    table.add_row(
+        "AdaMix",
+        f"[bold]{summary['test_error']:.2f}[/bold]",
+        epsilon if isinstance(epsilon, str) else f"{epsilon:.4g}",
+        f"{summary['delta']:g}",
+    )
+    if "paragon_error" in summary:
+        table.add_row("without privacy (paragon)", f"{summary['paragon_error']:.2f}", "inf", "-")
+    console.print(table)
+    console.print(
+        f"noise multiplier {summary['noise_multiplier']:.4g}, {summary['steps']} steps. Data: {split.source}."
+    )
+    if "paragon_error" in summary:
+        console.print("The paragon reads private rows without noise: it is outside the guarantee.")
+    if out is not None:
+        console.print(f"Run folder: {out}")
+
+
+# --- baselines -------------------------------------------------------------------------------------------------------
+
+
+def add_baselines(commands: Commands) -> None:
+    parser = _add(commands, "baselines", run_baselines, "Compare AdaMix, its ablations and the baselines.")
+    parser.add_argument("--data", default=DEFAULT_SOURCE, choices=list(BENCHMARKS), help="a built-in public set")
+    parser.add_argument("--epsilon", type=float, nargs="+", default=[1.0, 3.0])
+    parser.add_argument("--delta", type=float, default=1e-5)
+    parser.add_argument("--shots", type=int, nargs="+", default=[5], help="public rows per class")
+    parser.add_argument("--private-rows", type=int, nargs="+", default=[None], help="private rows in all")
+    parser.add_argument("--seeds", type=int, default=3, help="random splits per setting")
+    parser.add_argument(
+        "--searches", type=int, default=24, help="candidates tried for each tuned row; 0: no tuned rows"
+    )
+    parser.add_argument("--out", help="new file for the table as Markdown")
+
+
+def run_baselines(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The whole table; the hyper-parameters of tuned rows are chosen on validation rows."""
+    for name in ("seeds", "searches"):
+        if getattr(arguments, name) < (name == "seeds"):
+            raise InputError(f"{name}: {getattr(arguments, name)} is too few; pass a number >= {int(name == 'seeds')}")
+    out = None if arguments.out is None else Path(arguments.out)
+    if out is not None and out.exists():
+        raise InputError(f"out: {out} exists already; name a new file, nothing is overwritten")
+    methods = [m for m in baselines.METHODS if arguments.searches or m.grid is None]
+    grid = [(s, n, e) for s in arguments.shots for n in arguments.private_rows for e in arguments.epsilon]
+    console, records, markdown = _console(arguments), [], []
+    total = len(grid) * baselines.runs_per_setting(methods, arguments.seeds, arguments.searches)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(f"{arguments.data}: training", total=total)
+        for shots, private_rows, epsilon in grid:
+            splits = [
+                load_split(arguments.data, shots=shots, private_rows=private_rows, seed=seed)
+                for seed in range(arguments.seeds)
+            ]
+            rows = list(
+                baselines.compare(
+                    splits,
+                    epsilon=epsilon,
+                    delta=arguments.delta,
+                    methods=methods,
+                    searches=arguments.searches,
+                    on_run=lambda: progress.advance(task),
+                )
+            )
+            setting = {
+                "data": arguments.data,
+                "shots": shots,
+                "private_rows": len(splits[0].private.y),
+                "epsilon": epsilon,
+                "delta": arguments.delta,
+                "seeds": arguments.seeds,
+            }
+            records.append({**setting, "rows": _row_records(rows)})
+            progress.console.print(_table(records[-1])) if not arguments.json else None
+            markdown.append(_markdown(records[-1]))
+    if arguments.json:
+        for record in records:
+            console.print(_table(record))
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text("\n".join(markdown))
+    return {"method": "baselines", "settings": records}
+
+
+def _row_records(rows: list[baselines.Row]) -> list[dict[str, Any]]:
+    paragon = rows[-1].mean
+    return [
+        {
+            "method": row.method,
+            "test_error": row.mean,
+            "spread": row.spread,
+            "error_increase": baselines.error_increase(row.mean, paragon),
+            "chosen": row.chosen,
+        }
+        for row in rows
+    ]
+
+
+def _title(record: dict[str, Any]) -> str:
+    return (
+        f"{record['data']}: {record['shots']} public rows per class, {record['private_rows']} private rows, "
+        f"epsilon {record['epsilon']:g}, delta {record['delta']:g}, {record['seeds']} seeds"
+    )
+
+
+def _cells(record: dict[str, Any]) -> list[tuple[str, str, str]]:
+    return [
+        (row["method"], f"{row['test_error']:.1f} ± {row['spread']:.1f}", f"{row['error_increase']:.0f}")
+        for row in record["rows"]
+    ]
+
+
+_COLUMNS = ("method", "test error %", "increase over the paragon %")
+
+
+def _table(record: dict[str, Any]) -> Table:
+    table = Table(title=_title(record))
+    for column in _COLUMNS:
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for cells in _cells(record):
+        table.add_row(*cells)
+    return table
+
+
+def _markdown(record: dict[str, Any]) -> str:
+    lines = [f"**{_title(record)}**", "", "| " + " | ".join(_COLUMNS) + " |", "|---|--:|--:|"]
+    return "\n".join(lines + ["| " + " | ".join(cells) + " |" for cells in _cells(record)]) + "\n"
+
+
+# --- features and info -----------------------------------------------------------------------------------------------
+
+
+def add_features(commands: Commands) -> None:
+    parser = _add(commands, "features", run_features, "Turn images into the features of a pretrained network.")
+    parser.add_argument(
+        "source", help="a folder with one subfolder of images per class, or fashion-mnist:train / :test"
+    )
+    parser.add_argument("--out", required=True, help="the .npz file to write: X, y, class_names")
+    parser.add_argument("--backbone", default="efficientnet-lite0", help="efficientnet-lite0, or timm/NAME")
+    parser.add_argument("--image-size", type=int, help="pixels a side; default: what suits backbone and source")
+    parser.add_argument("--batch-size", type=int, default=64)
+
+
+def run_features(arguments: argparse.Namespace) -> dict[str, Any]:
+    found = features.features_to_npz(
+        arguments.source,
+        arguments.out,
+        backbone=arguments.backbone,
+        image_size=arguments.image_size,
+        batch_size=arguments.batch_size,
+    )
+    rows, width = found.x.shape
+    _console(arguments).print(f"{rows} rows of {width} features, {len(found.class_names)} classes: {arguments.out}")
+    return {"method": "features", "rows": rows, "features": width, "classes": len(found.class_names)}
+
+
+def add_info(commands: Commands) -> None:
+    _add(commands, "info", run_info, "Show versions, which kernel runs where, and the built-in data.")
+
+
+def run_info(arguments: argparse.Namespace) -> dict[str, Any]:
+    packages = ("adamix", "torch", "numpy", "dp-accounting")
+    versions = {"python": platform.python_version()} | {name: metadata.version(name) for name in packages}
+    console = _console(arguments)
+    console.print(", ".join(f"{name} {found}" for name, found in versions.items()))
+    console.print(f"{os.cpu_count()} processors, {torch.get_num_threads()} threads, cuda: {torch.cuda.is_available()}")
+    kernels = adamix_kernels.backends()
+    table = Table(title="kernels")
+    for column in ("op", *next(iter(kernels.values()))):
+        table.add_column(column)
+    for op, states in kernels.items():
+        table.add_row(op, *("runs" if state == "runs" else "-" for state in states.values()))
+    console.print(table)
+    for reason in sorted({state for states in kernels.values() for state in states.values()} - {"runs"}):
+        console.print(f"-: {reason}")
+    data = {}
+    for name in BENCHMARKS:
+        try:
+            data[name] = load_split(name).source
+        except InputError as error:
+            data[name] = f"not available: {error}"
+        console.print(f"{name}: {data[name]}")
+    return {"method": "info", "versions": versions, "kernels": kernels, "data": data}

@@ -1,0 +1,114 @@
+"""The settings of one AdaMix run: every part of the method is one field, so an ablation is one argument."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from adamix.errors import InputError
+
+GEOMETRIES = (None, "whiten")
+CLIPPINGS = ("flat", "per_layer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What a run does. Fields that cost privacy come first; defaults were chosen in `benchmarks/defaults.md`.
+
+    Args:
+        epsilon: privacy budget, above 0; `inf` trains without noise, and says so.
+        delta: probability of exceeding it, in (0, 1).
+        expected_batch_size: the number of private rows a step is expected to see, as a constant that may be public
+            (a planned size, a published count), not read off the data. Sums are divided by it.
+        sample_rate: probability with which each private row enters a step, independently (Poisson sampling), in
+            (0, 1]; 1 takes all rows at every step.
+        steps: private steps T.
+        quantile: the threshold tau_t of a step is this quantile of the public per-sample gradient norms, in (0, 1].
+            None: the fixed `max_grad_norm`.
+        max_grad_norm: the fixed threshold; only with `quantile=None`.
+        clipping: "flat", one threshold over all parameters, or "per_layer", one each.
+        subspace_rank: project onto at most so many leading directions of the public gradients. None: no such limit.
+        subspace_energy: project onto the directions that retain this fraction of the squared public gradients.
+            With neither, there is no projection.
+        geometry: "whiten" learns a whitening of the features from the public rows and trains in it; None: as given.
+        public_weight: weight of a public row relative to a private one in the mixed update; 0 leaves them out.
+        learning_rate: step size in units of 1 / tau_t. None: the largest that keeps the noise it brings into a logit
+            of a unit-norm feature within `logit_noise`, and the descent on the public loss stable.
+        logit_noise: standard deviation of that noise over all steps; only with `learning_rate=None`.
+        anchor: strength lambda of the pull towards the phase-1 weights; 0: none.
+        warm_start: start phase 2 from the phase-1 weights; False: from the weights the model came with.
+        public_l2: L2 of phase 1 towards the weights the model came with.
+        public_steps: at most so many L-BFGS iterations in phase 1.
+        noise_mode: "fast" (Philox) or "secure" (ChaCha20), see `adamix_kernels.Noise`.
+        noise_seed: None keys the noise from the operating system. A number makes the run reproducible and voids the
+            guarantee towards whoever knows it: for benchmarks.
+
+    Raises:
+        InputError: names the field, what was given and what to pass.
+    """
+
+    epsilon: float
+    expected_batch_size: int
+    delta: float = 1e-5
+    sample_rate: float = 1.0
+    steps: int = 20
+    quantile: float | None = 0.9
+    max_grad_norm: float | None = None
+    clipping: str = "flat"
+    subspace_rank: int | None = None
+    subspace_energy: float | None = None
+    geometry: str | None = "whiten"
+    public_weight: float = 1.0
+    learning_rate: float | None = None
+    logit_noise: float = 0.8
+    anchor: float = 1e-5
+    warm_start: bool = True
+    public_l2: float = 1e-3
+    public_steps: int = 200
+    noise_mode: str = "fast"
+    noise_seed: int | None = None
+
+    def __post_init__(self) -> None:
+        self._require("epsilon", self.epsilon > 0, "pass a number above 0, or inf for no privacy")
+        self._require("delta", 0 < self.delta < 1, "pass a number in (0, 1), well below 1 / (private rows)")
+        self._require("expected_batch_size", self.expected_batch_size >= 1, "pass a public constant >= 1")
+        self._require("sample_rate", 0 < self.sample_rate <= 1, "pass a probability in (0, 1]; 1 is full batch")
+        self._require("steps", self.steps >= 1, "pass a whole number >= 1")
+        if self.quantile is None:
+            fixed = self.max_grad_norm is not None and 0 < self.max_grad_norm < math.inf
+            self._require("max_grad_norm", fixed, "with quantile=None pass a finite threshold above 0")
+        else:
+            self._require("quantile", 0 < self.quantile <= 1, "pass a fraction in (0, 1], or None for max_grad_norm")
+            self._require("max_grad_norm", self.max_grad_norm is None, "drop it, or pass quantile=None to fix it")
+        self._require("clipping", self.clipping in CLIPPINGS, f"pass one of {CLIPPINGS}")
+        self._require("subspace_rank", self.subspace_rank is None or self.subspace_rank >= 1, "pass None or >= 1")
+        energy = self.subspace_energy
+        self._require("subspace_energy", energy is None or 0 < energy <= 1, "pass None or a fraction in (0, 1]")
+        if self.clipping == "per_layer":
+            self._require(
+                "clipping", not self.projects, "a subspace spans all layers: use 'flat', or drop the subspace"
+            )
+        self._require("geometry", self.geometry in GEOMETRIES, f"pass one of {GEOMETRIES}")
+        self._require("public_weight", 0 <= self.public_weight < math.inf, "pass a finite number >= 0")
+        rate = self.learning_rate
+        self._require("learning_rate", rate is None or 0 < rate < math.inf, "pass a finite number above 0, or None")
+        self._require("logit_noise", 0 < self.logit_noise < math.inf, "pass a finite number above 0")
+        self._require("anchor", 0 <= self.anchor < math.inf, "pass a finite number >= 0")
+        self._require("public_l2", 0 <= self.public_l2 < math.inf, "pass a finite number >= 0")
+        self._require("public_steps", self.public_steps >= 1, "pass a whole number >= 1")
+        self._require("noise_mode", self.noise_mode in ("fast", "secure"), "pass 'fast' or 'secure'")
+        seeded = self.noise_seed is not None
+        self._require("noise_seed", not (seeded and self.noise_mode == "secure"), "secure noise takes no seed: drop it")
+
+    @property
+    def projects(self) -> bool:
+        return self.subspace_rank is not None or self.subspace_energy is not None
+
+    @property
+    def private_rows(self) -> float:
+        """The number of private rows, as far as it is public."""
+        return self.expected_batch_size / self.sample_rate
+
+    def _require(self, name: str, holds: bool, remedy: str) -> None:
+        if not holds:
+            raise InputError(f"{name}: {getattr(self, name)!r} is not valid here; {remedy}")

@@ -1,0 +1,183 @@
+"""What the two phases need of a model: its weights as one vector, and per-sample gradients in that order."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from adamix.errors import InputError
+from adamix.rows import Rows
+from adamix_kernels import softmax_head_clip_sum_noise
+
+#: Elements of per-sample gradients held at a time.
+_CHUNK_ELEMENTS = 1 << 24
+
+
+class Trainable:
+    """A classifier seen as a vector of its trainable parameters `[P]`; gradients come from `torch.func`.
+
+    Args:
+        module: any module that treats the samples of a batch independently and returns logits `[N, classes]`.
+
+    Raises:
+        InputError: nothing is trainable, or a module mixes samples.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        if not named:
+            raise InputError("model: it has no trainable parameter; set requires_grad on those to train")
+        for name, child in module.named_modules():
+            if isinstance(child, nn.modules.batchnorm._BatchNorm):
+                raise InputError(
+                    f"model: {name or 'the model'} is {type(child).__name__}, which mixes the samples of a batch, so "
+                    "no per-sample gradient exists; use GroupNorm or LayerNorm instead"
+                )
+        self._names = [name for name, _ in named]
+        self._parameters = [p for _, p in named]
+        self.layers = _layer_slices(named)
+
+    @property
+    def size(self) -> int:
+        return sum(p.numel() for p in self._parameters)
+
+    def weights(self) -> Tensor:
+        """A copy, `[P]` float32."""
+        return torch.cat([p.detach().flatten() for p in self._parameters]).float()
+
+    def set_weights(self, weights: Tensor) -> None:
+        start = 0
+        with torch.no_grad():
+            for p in self._parameters:
+                p.copy_(weights[start : start + p.numel()].view_as(p))
+                start += p.numel()
+
+    def loss(self, rows: Rows) -> Tensor:
+        """Mean cross-entropy, differentiable."""
+        return cross_entropy(self.module(rows.x), rows.y)
+
+    def grad_sample(self, rows: Rows) -> Iterator[Tensor]:
+        """Per-sample gradients in chunks `[b, P]`, together `[N, P]`."""
+        for part in self._chunks(rows):
+            yield self._chunk_grad_sample(part)
+
+    def grad_sum(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        """For public rows: the exact gradient sum `[P]`, squared norms `[layers, N]` and summed loss, in one pass."""
+        total = torch.zeros(self.size, dtype=torch.float64, device=rows.x.device)
+        norms = []
+        for grads in self.grad_sample(rows):
+            total += grads.double().sum(0)
+            norms.append(torch.stack([grads[:, layer].double().square().sum(1) for layer in self.layers]))
+        with torch.no_grad():
+            return total.float(), torch.cat(norms, 1).float(), self.loss(rows) * len(rows.y)
+
+    def logit_gradients(self, rows: Rows) -> Tensor:
+        """For public rows: the gradient `[N, P]` of a fixed random combination, of unit norm, of each row's logits.
+
+        Its squared norm tells how far noise in the weights moves a logit, its Gram matrix how curved the loss can be.
+        """
+        with torch.no_grad():
+            width = self.module(rows.x[:1]).shape[1]
+        signs = torch.ones(width, device=rows.x.device)
+        signs[1::2] = -1
+
+        def combined(logits: Tensor, _: Tensor) -> Tensor:
+            return (logits * signs).sum() / width**0.5
+
+        return torch.cat([self._vmap_grad(combined, part) for part in self._chunks(rows)])
+
+    def _chunks(self, rows: Rows) -> Iterator[Rows]:
+        size = max(1, _CHUNK_ELEMENTS // self.size)
+        for x, y in zip(rows.x.split(size), rows.y.split(size), strict=True):
+            if len(x):
+                yield Rows(x, y)
+
+    def _chunk_grad_sample(self, rows: Rows) -> Tensor:
+        return self._vmap_grad(cross_entropy, rows)
+
+    def _vmap_grad(self, criterion: Callable[[Tensor, Tensor], Tensor], rows: Rows) -> Tensor:
+        trainable = {name: p.detach() for name, p in zip(self._names, self._parameters, strict=True)}
+        fixed = {name: p.detach() for name, p in self.module.named_parameters() if name not in trainable}
+        buffers = dict(self.module.named_buffers())
+
+        def loss(weights: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+            logits = torch.func.functional_call(self.module, (weights, fixed, buffers), (x[None],))
+            return criterion(logits, y[None])
+
+        try:
+            grads = torch.func.vmap(torch.func.grad(loss), (None, 0, 0), randomness="different")(
+                trainable, rows.x, rows.y
+            )
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"model: per-sample gradients of it failed ({reason}); see torch.func.vmap") from error
+        return torch.cat([grads[name].flatten(1) for name in self._names], dim=1)
+
+
+class SoftmaxHead(Trainable):
+    """An `nn.Linear` on fixed features, the paper's case: weight first, then bias, through the fused op."""
+
+    def __init__(self, module: nn.Linear) -> None:
+        super().__init__(module)
+        if not all(p.requires_grad for p in module.parameters()):
+            raise InputError("model: part of the nn.Linear is frozen; wrap it in nn.Sequential to train the rest")
+        self.head = module
+        self.layers = [slice(0, self.size)]
+
+    def clip_sum_noise(self, rows: Rows, **mechanism: object) -> tuple[Tensor, Tensor, Tensor]:
+        """`softmax_head_clip_sum_noise` with the sum as one vector `[P]`; also norms `[N]` and summed loss."""
+        with torch.no_grad():
+            out = softmax_head_clip_sum_noise(rows.x, rows.y, self.head.weight, self.head.bias, **mechanism)  # type: ignore[arg-type]
+        parts = [out.weight.flatten()] + ([] if out.bias is None else [out.bias])
+        return torch.cat(parts).float(), out.norm_sq, out.loss
+
+    def grad_sum(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        total, norm_sq, loss = self.clip_sum_noise(rows, max_grad_norm=math.inf)
+        return total, norm_sq[None], loss
+
+    def logit_gradients(self, rows: Rows) -> Tensor:
+        """The features themselves, with a 1 for the bias: norms and Gram matrix are those of the gradients."""
+        return rows.x if self.head.bias is None else torch.cat([rows.x, torch.ones_like(rows.x[:, :1])], dim=1)
+
+    def _chunk_grad_sample(self, rows: Rows) -> Tensor:
+        with torch.no_grad():
+            residual = self.head(rows.x).softmax(1)
+            residual[torch.arange(len(rows.y)), rows.y] -= 1
+            weight = (residual[:, :, None] * rows.x[:, None, :]).flatten(1)
+            return weight if self.head.bias is None else torch.cat([weight, residual], dim=1)
+
+
+def trainable(module: nn.Module) -> Trainable:
+    """The fastest view of `module`."""
+    return SoftmaxHead(module) if type(module) is nn.Linear else Trainable(module)
+
+
+def error_rate(module: nn.Module, rows: Rows) -> float:
+    """Wrong predictions in percent; dropout is off meanwhile."""
+    training = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            wrong = [int((module(x).argmax(1) != y).sum()) for x, y in zip(*(t.split(4096) for t in rows), strict=True)]
+    finally:
+        module.train(training)
+    return 100 * sum(wrong) / len(rows.y)
+
+
+def _layer_slices(named: list[tuple[str, nn.Parameter]]) -> list[slice]:
+    """One slice for the parameters of each module, in the order of the weight vector."""
+    slices: list[slice] = []
+    owner, stop = None, 0
+    for name, p in named:
+        start, stop = stop, stop + p.numel()
+        if owner == name.rpartition(".")[0]:
+            slices[-1] = slice(slices[-1].start, stop)
+        else:
+            slices.append(slice(start, stop))
+        owner = name.rpartition(".")[0]
+    return slices

@@ -1,0 +1,87 @@
+"""Accounting: the noise for a budget, and the budget a run has spent.
+
+The unit is one record, the neighbours add or remove one. Every step is one Gaussian mechanism whose noise has standard
+deviation noise_multiplier times its sensitivity, whatever the threshold of that step is. Full batches compose exactly
+to Gaussian DP with mu = sqrt(steps) / noise_multiplier (Dong et al. 2019, arXiv 1905.02383); Poisson batches go
+through the privacy loss distributions of `dp_accounting`, which round to the pessimistic side.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import dp_accounting
+from dp_accounting.pld import PLDAccountant
+from scipy import optimize
+
+from adamix.config import Config
+
+
+def spent(noise_multiplier: float, *, delta: float, steps: int, sample_rate: float = 1.0) -> float:
+    """Epsilon of `steps` steps at `delta`. Inf without noise, 0 before the first step."""
+    if steps == 0:
+        return 0.0
+    if noise_multiplier == 0:
+        return math.inf
+    if sample_rate == 1:
+        return float(dp_accounting.get_epsilon_gaussian(noise_multiplier / math.sqrt(steps), delta))
+    accountant = PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
+    step = dp_accounting.PoissonSampledDpEvent(sample_rate, dp_accounting.GaussianDpEvent(noise_multiplier))
+    accountant.compose(dp_accounting.SelfComposedDpEvent(step, steps))
+    return float(accountant.get_epsilon(delta))
+
+
+def spent_by_step(noise_multiplier: float, *, delta: float, steps: int, sample_rate: float = 1.0) -> list[float]:
+    """Epsilon after each of `steps` steps. With sampling, where a value is slow to compute, at most 20 of them are
+    computed, the last among them, and a step in between is charged as much as the next of these."""
+    stride = 1 if sample_rate == 1 else math.ceil(steps / 20)
+    marks = [steps - i for i in range(0, steps, stride)][::-1]
+    values = {m: spent(noise_multiplier, delta=delta, steps=m, sample_rate=sample_rate) for m in marks}
+    return [values[min(m for m in marks if m >= step)] for step in range(1, steps + 1)]
+
+
+def calibrate(epsilon: float, *, delta: float, steps: int, sample_rate: float = 1.0) -> float:
+    """The smallest noise multiplier, rounded up, with which `steps` steps cost at most `epsilon` at `delta`."""
+    if math.isinf(epsilon):
+        return 0.0
+    full = _round_up(math.sqrt(steps) * float(dp_accounting.get_sigma_gaussian(epsilon, delta)))
+    while spent(full, delta=delta, steps=steps) > epsilon:
+        full = _round_up(full * (1 + 1e-10))
+    if sample_rate == 1:
+        return full
+
+    def excess(noise_multiplier: float) -> float:
+        return spent(noise_multiplier, delta=delta, steps=steps, sample_rate=sample_rate) - epsilon
+
+    # Sampling only helps, so `full` is an upper end; the lower end is found by halving.
+    high = full
+    while excess(high / 2) <= 0:
+        high /= 2
+    found = _round_up(float(optimize.brentq(excess, high / 2, high, rtol=1e-9))) if excess(high) < 0 else high
+    while excess(found) > 0:
+        found = _round_up(found * (1 + 1e-8))
+    return found
+
+
+def _round_up(noise_multiplier: float) -> float:
+    """To ten significant digits, upwards."""
+    unit = 10.0 ** (math.floor(math.log10(noise_multiplier)) - 9)
+    return math.ceil(noise_multiplier / unit) * unit
+
+
+def warn_if_weak(config: Config) -> None:
+    """Say loudly what a reader of the result must know."""
+    if math.isinf(config.epsilon):
+        warnings.warn("epsilon: inf, so NO NOISE is added: the result has no privacy guarantee", stacklevel=3)
+    if config.delta >= 1 / config.private_rows:
+        warnings.warn(
+            f"delta: {config.delta:g} is at least 1/N for N = {config.private_rows:g} private rows; a mechanism that "
+            "publishes a random row satisfies it: pass a smaller one",
+            stacklevel=3,
+        )
+    if config.noise_seed is not None:
+        warnings.warn(
+            f"noise_seed: {config.noise_seed} makes the noise known to whoever knows it: for benchmarks only",
+            stacklevel=3,
+        )

@@ -1,0 +1,136 @@
+"""Labelled rows and the checks that every set of rows passes before training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from hashlib import blake2b
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adamix.errors import InputError
+from adamix.storage import one_line
+
+_SHOWN = 5  # how many classes or rows a message lists
+
+
+class Rows(NamedTuple):
+    """Labelled rows: x float32 [N, ...], y int64 [N]."""
+
+    x: Tensor
+    y: Tensor
+
+
+def check_rows(name: str, rows: Any, num_classes: int | None = None, *, allow_empty: bool = False) -> Rows:
+    """Validate and convert one set of rows; `name` ("private", ...) starts every message.
+
+    rows: a pair (x, y) of torch tensors or things numpy takes. x holds floats or integers, [N, ...] with >= 2
+    dimensions; y holds integers, [N], in [0, num_classes) (>= 0 if num_classes is None). Tensors stay on their device;
+    memory is shared where nothing has to change.
+
+    Raises InputError for any other type or shape, for N == 0 unless `allow_empty`, for a NaN or Inf in x (also one
+    that only float32 makes), and for a label out of range.
+    """
+    if not isinstance(rows, (tuple, list)) or len(rows) != 2:
+        raise InputError(f"{name}: expected a pair (x, y), got {type(rows).__name__}; pass features and labels")
+    x = _to_tensor(f"{name}: x", rows[0], torch.float32)
+    y = _to_tensor(f"{name}: y", rows[1], torch.int64)
+    if x.ndim < 2 or 0 in x.shape[1:]:
+        raise InputError(f"{name}: x has shape {list(x.shape)}; pass [rows, features], with at least one feature")
+    if y.ndim != 1:
+        raise InputError(f"{name}: y has shape {list(y.shape)}; pass one class number per row, shape [{len(x)}]")
+    if len(x) != len(y):
+        raise InputError(f"{name}: x has {len(x)} rows but y has {len(y)}; pass one label per row")
+    if len(x) == 0 and not allow_empty:
+        raise InputError(f"{name}: x has 0 rows; pass at least one row")
+    bad_rows = torch.nonzero(~torch.isfinite(x).flatten(1).all(1)).flatten().tolist()
+    if bad_rows:
+        raise InputError(
+            f"{name}: x has NaN or Inf (as float32) in {len(bad_rows)} rows, first in row {bad_rows[0]}; "
+            "clean or remove these rows"
+        )
+    outside = torch.nonzero((y < 0) if num_classes is None else ((y < 0) | (y >= num_classes))).flatten().tolist()
+    if outside:
+        allowed = ">= 0" if num_classes is None else f"in 0..{num_classes - 1} ({num_classes} classes)"
+        raise InputError(
+            f"{name}: y has label {int(y[outside[0]])} in row {outside[0]}; labels must be {allowed}; "
+            "renumber them or remove these rows"
+        )
+    return Rows(x, y)
+
+
+def check_classes_present(y_public: Tensor, num_classes: int, class_names: Sequence[str] | None = None) -> None:
+    """InputError if one of the classes 0..num_classes-1 has no row in y_public, int64 [N]."""
+    present = set(torch.unique(y_public).tolist())
+    absent = num_classes - len(present)
+    if absent > 0:
+        shown = list(islice((c for c in range(num_classes) if c not in present), _SHOWN))
+        listed = ", ".join(f"{c} ({class_names[c]})" if class_names is not None else str(c) for c in shown)
+        raise InputError(
+            f"public: {absent} of {num_classes} classes have no row: {listed}{', ...' if absent > _SHOWN else ''}; "
+            "add at least one public row per class, or remove the class"
+        )
+
+
+def check_disjoint(public_x: Tensor, private_x: Tensor) -> None:
+    """InputError if a row of private_x, [M, ...], is also a row of public_x, [N, ...]; compared as float32 by hash.
+
+    A public row spends no budget, so a private row that is also public would be used without protection.
+    """
+    first_public: dict[bytes, int] = {}
+    for index, digest in enumerate(row_digests(public_x)):
+        first_public.setdefault(digest, index)
+    pairs = [(row, first_public[d]) for row, d in enumerate(row_digests(private_x)) if d in first_public]
+    if pairs:
+        shown = ", ".join(f"private {row} = public {public}" for row, public in pairs[:_SHOWN])
+        more = ", ..." if len(pairs) > _SHOWN else ""
+        raise InputError(
+            f"private: {len(pairs)} of {len(private_x)} rows are also public rows ({shown}{more}); "
+            "remove them from one of the two sets"
+        )
+
+
+def row_digests(x: Tensor, key: bytes = b"") -> list[bytes]:
+    """blake2b (16 bytes, keyed by `key` of at most 64 bytes) over the float32 bytes of each row of x, [N, ...].
+
+    -0.0 and 0.0 give the same digest.
+    """
+    digests: list[bytes] = []
+    for part in torch.split(x.detach(), 4096):  # bounds the memory of the copies
+        flat = part.flatten(1).to("cpu", torch.float32) + 0.0  # + 0.0 turns -0.0 into 0.0
+        digests += [blake2b(row.tobytes(), digest_size=16, key=key).digest() for row in flat.numpy()]
+    return digests
+
+
+def _to_tensor(name: str, value: Any, dtype: torch.dtype) -> Tensor:
+    """`value` as a dense tensor of `dtype` (float32 takes floats and integers, int64 only integers), or InputError."""
+    if not isinstance(value, Tensor):
+        try:
+            array = np.asarray(value)
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{name} is not an array ({one_line(error)}); pass a tensor or numpy array") from error
+        _check_kind(name, str(array.dtype), array.dtype.kind in "iu", array.dtype.kind == "f", dtype)
+        numpy_dtype = np.float32 if dtype == torch.float32 else np.int64
+        with np.errstate(over="ignore"):  # float64 beyond float32: becomes Inf, which check_rows reports with its row
+            array = np.ascontiguousarray(array.astype(numpy_dtype, copy=False))
+        return torch.from_numpy(array if array.flags.writeable else array.copy())
+    if value.layout != torch.strided:
+        raise InputError(f"{name} is a {value.layout} tensor; pass a dense one (x.to_dense())")
+    integer = value.dtype in _TORCH_INTEGERS
+    _check_kind(name, str(value.dtype).removeprefix("torch."), integer, value.is_floating_point(), dtype)
+    return value.detach().to(dtype).contiguous()
+
+
+_TORCH_INTEGERS = frozenset(
+    {torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64}
+)
+
+
+def _check_kind(name: str, given: str, integer: bool, floating: bool, wanted: torch.dtype) -> None:
+    if not integer and wanted == torch.int64:
+        raise InputError(f"{name} has dtype {given}; pass integer class numbers (for example y.astype('int64'))")
+    if not (integer or floating):
+        raise InputError(f"{name} has dtype {given}; pass floats or integers")

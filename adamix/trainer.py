@@ -1,0 +1,178 @@
+"""AdaMix, both phases (Golatkar et al., CVPR 2022, arXiv 2203.11481)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adamix.config import Config
+from adamix.errors import InputError
+from adamix.geometry import Whiten
+from adamix.mechanism import Mechanism
+from adamix.models import error_rate, trainable
+from adamix.privacy import calibrate, spent_by_step, warn_if_weak
+from adamix.private_phase import Step, private_phase
+from adamix.public_phase import fit_public
+from adamix.rows import Rows, check_classes_present, check_disjoint, check_rows
+from adamix_kernels import Noise
+
+#: Rows as callers give them: a pair of tensors or arrays, features `[N, ...]` and class numbers `[N]`.
+RowsLike = tuple[Any, Any]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A trained classifier and what it cost.
+
+    `model` maps features as given to `fit` to logits, geometry included; `public_state` are its weights after phase 1.
+    Errors are percent of the test rows, None without them. `epsilons[t]` is the budget spent after step t + 1.
+    """
+
+    model: nn.Module
+    public_state: dict[str, Tensor]
+    test_error: float | None
+    public_error: float | None
+    epsilon: float
+    delta: float
+    noise_multiplier: float
+    steps: list[Step]
+    epsilons: list[float]
+    config: Config
+
+
+class AdaMix:
+    """Private training of a classifier with a little public data.
+
+    Args:
+        model: None for a softmax head (no bias) sized by the data; or any `nn.Module` that gives logits and keeps samples
+            apart, trained in place. An `nn.Linear` is a softmax head and takes the fast path; its weights, zeros or a
+            zero-shot classifier for instance, are the start of phase 1.
+        settings: the fields of `Config`; `epsilon` and `expected_batch_size` have no default.
+
+    Raises:
+        InputError: a setting is wrong; the message says what to pass.
+
+    Example:
+        >>> result = AdaMix(epsilon=3.0, expected_batch_size=1000).fit(public=(Xp, yp), private=(X, y), test=(Xt, yt))
+        >>> result.test_error, result.epsilon
+    """
+
+    def __init__(self, model: nn.Module | None = None, **settings: Any) -> None:
+        if "expected_batch_size" not in settings:
+            raise InputError(
+                "expected_batch_size: missing; pass the number of private rows a step is expected to see, as a figure "
+                "that may be public (a planned size, not a count of the data)"
+            )
+        if "epsilon" not in settings:
+            raise InputError("epsilon: missing; pass the privacy budget, for instance 3.0")
+        if unknown := settings.keys() - Config.__dataclass_fields__.keys():
+            raise InputError(
+                f"{min(unknown)}: no such setting; the settings are {', '.join(Config.__dataclass_fields__)}"
+            )
+        self.model = model
+        self.config = Config(**settings)
+
+    def fit(
+        self,
+        *,
+        public: RowsLike,
+        private: RowsLike,
+        test: RowsLike | None = None,
+        on_step: Callable[[Step], None] | None = None,
+    ) -> Result:
+        """Run both phases.
+
+        Args:
+            public: rows whose use costs nothing; every class has some.
+            private: rows protected by (epsilon, delta); none of them may be among the public ones.
+            test: rows to report errors on; used for nothing else.
+            on_step: called after each private step with what may be published about it.
+
+        Raises:
+            InputError: rows of wrong shape or type, NaN or Inf, labels outside the public classes, a class without
+                public rows, or rows that are both public and private.
+        """
+        config = self.config
+        public = check_rows("public", public)
+        classes = self._classes(public)
+        public, private = (
+            check_rows("public", public, classes),
+            check_rows("private", private, classes, allow_empty=True),
+        )
+        test = None if test is None else check_rows("test", test, classes)
+        for name, rows in (("private", private), ("test", test)):
+            if rows is not None and rows.x.shape[1:] != public.x.shape[1:]:
+                raise InputError(
+                    f"{name}: rows have shape {list(rows.x.shape[1:])} but public rows have {list(public.x.shape[1:])}"
+                    "; pass the same features for both"
+                )
+        check_classes_present(public.y, classes)
+        check_disjoint(public.x, private.x)
+        noise_multiplier = calibrate(
+            config.epsilon, delta=config.delta, steps=config.steps, sample_rate=config.sample_rate
+        )
+        warn_if_weak(config)
+
+        geometry = Whiten(public.x, public.y) if config.geometry == "whiten" else None
+        head = self.model or _zero_head(public.x, classes)
+        model = nn.Sequential(geometry, head) if geometry is not None else head
+        inside_public, inside_private = _within(geometry, public), _within(geometry, private)
+
+        view = trainable(head)
+        start = view.weights()
+        fit_public(view, inside_public, l2=config.public_l2, steps=config.public_steps)
+        anchor = view.weights()
+        public_state = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        public_error = None if test is None else error_rate(model, test)
+
+        if not config.warm_start:
+            view.set_weights(start)
+        mechanism = Mechanism(noise_multiplier, Noise(config.noise_seed, config.noise_mode))
+        steps: list[Step] = []
+        for step in private_phase(view, inside_public, inside_private, config, mechanism, anchor):
+            steps.append(step)
+            if on_step is not None:
+                on_step(step)
+        epsilons = spent_by_step(
+            noise_multiplier, delta=config.delta, steps=config.steps, sample_rate=config.sample_rate
+        )
+        return Result(
+            model=model,
+            public_state=public_state,
+            test_error=None if test is None else error_rate(model, test),
+            public_error=public_error,
+            epsilon=epsilons[-1],
+            delta=config.delta,
+            noise_multiplier=noise_multiplier,
+            steps=steps,
+            epsilons=epsilons,
+            config=config,
+        )
+
+    def _classes(self, public: Rows) -> int:
+        if isinstance(self.model, nn.Linear):
+            return self.model.out_features
+        return int(public.y.max()) + 1
+
+
+def _zero_head(x: Tensor, classes: int) -> nn.Linear:
+    """Without a bias: measured, it catches more noise than it adds (`benchmarks/defaults.md`)."""
+    if x.dim() != 2:
+        raise InputError(
+            f"model: None is a softmax head on feature vectors [N, d], the rows have shape {list(x.shape[1:])}; "
+            "pass an nn.Module for them"
+        )
+    head = nn.Linear(x.shape[1], classes, bias=False, device=x.device)
+    nn.init.zeros_(head.weight)
+    return head
+
+
+def _within(geometry: nn.Module | None, rows: Rows) -> Rows:
+    if geometry is None:
+        return rows
+    with torch.no_grad():
+        return Rows(geometry(rows.x), rows.y)

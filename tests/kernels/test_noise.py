@@ -1,0 +1,144 @@
+"""The noise: known-answer vectors, its distribution, and that no draw comes twice."""
+
+from __future__ import annotations
+
+import copy
+import math
+import multiprocessing
+import pickle
+
+import pytest
+import torch
+from scipy import stats
+
+from adamix_kernels import Noise, add_gaussian_noise_
+from adamix_kernels.ops._streams import chacha20_block, philox_block
+
+
+def words(*values: int) -> list[torch.Tensor]:
+    return [torch.tensor([v], dtype=torch.int64) for v in values]
+
+
+@pytest.mark.parametrize(
+    ("key", "counter", "expected"),
+    [  # Random123 kat_vectors, philox4x32 10
+        ((0, 0), (0, 0, 0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((0xFFFFFFFF,) * 2, (0xFFFFFFFF,) * 4, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0xA4093822, 0x299F31D0),
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+)
+def test_philox_known_answers(key: tuple[int, int], counter: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    assert tuple(int(w) for w in philox_block(key, *words(*counter))) == expected
+
+
+def test_chacha20_known_answer() -> None:
+    """RFC 8439, section 2.3.2."""
+    key = [int.from_bytes(bytes(range(i, i + 4)), "little") for i in range(0, 32, 4)]
+    block = chacha20_block(key, words(1, 0x09000000, 0x4A000000, 0))[:, 0].tolist()
+    assert b"".join(w.to_bytes(4, "little") for w in block).hex() == (
+        "10f1e7e4d13b5915500fdd1fa32071c4c7d1f4c733c068030422aa9ac3d46c4e"
+        "d2826446079faa0914c2d705d98b02a2b5129cd1de164eb9cbd083e8a2503c4e"
+    )
+
+
+@pytest.mark.parametrize("mode", ["fast", "secure"])
+def test_distribution(mode: str) -> None:
+    count = 400_000
+    z = Noise._with_key(bytes(range(32)), mode).normal(0, 0, count)
+    assert stats.kstest(z.numpy(), "norm").pvalue > 1e-3
+    assert abs(float(z.mean())) < 4 / math.sqrt(count)
+    assert abs(float(z.var()) - 1) < 4 * math.sqrt(2 / count)
+    assert abs(float((z**4).mean()) - 3) < 4 * math.sqrt(96 / count)
+    for lag in (1, 2, 3, 8):
+        assert abs(float((z[:-lag] * z[lag:]).mean())) < 4 / math.sqrt(count)
+
+
+def test_the_tail_reaches_beyond_24_bits() -> None:
+    """The smallest uniforms give 8.57 standard deviations; a 24-bit uniform would stop at 5.7."""
+    noise = Noise(seed=0)
+    noise._words = lambda *_: torch.zeros(4, dtype=torch.int64)  # type: ignore[method-assign]
+    assert float(noise.normal(0, 0, 1)) == pytest.approx(math.sqrt(2 * 53 * math.log(2)))
+
+
+@pytest.mark.parametrize("mode", ["fast", "secure"])
+def test_any_part_of_a_draw_can_be_made_alone(mode: str) -> None:
+    noise = Noise._with_key(bytes(32), mode)
+    whole = noise.normal(7, 0, 100)
+    for start, count in [(0, 1), (1, 1), (5, 60), (99, 1), (33, 0)]:
+        assert torch.equal(noise.normal(7, start, count), whole[start : start + count])
+
+
+def test_no_draw_comes_twice() -> None:
+    noise = Noise(seed=3)
+    first, second = (add_gaussian_noise_(torch.zeros(1000), 1.0, noise) for _ in range(2))
+    assert not torch.isin(first, second).any()
+    assert abs(float((first * second).mean())) < 4 / math.sqrt(1000)
+    assert not torch.equal(Noise().normal(0, 0, 9), Noise().normal(0, 0, 9)), "two keys of the operating system"
+    low, high = noise.normal(0, 0, 4), noise.normal(2**32, 0, 4)
+    assert not torch.equal(low, high), "the draw number does not wrap at 32 bits"
+    assert not torch.equal(low, noise.normal(0, 2**33, 4)), "nor does the offset"
+
+
+def test_a_list_is_one_vector() -> None:
+    whole = add_gaussian_noise_(torch.zeros(13), 2.0, Noise(seed=1))
+    parts = add_gaussian_noise_([torch.zeros(2, 3), torch.zeros(7)], 2.0, Noise(seed=1))
+    assert torch.equal(torch.cat([p.flatten() for p in parts]), whole)
+
+
+def test_seeds_repeat_and_differ() -> None:
+    assert torch.equal(Noise(seed=1).normal(0, 0, 5), Noise(seed=1).normal(0, 0, 5))
+    assert not torch.equal(Noise(seed=1).normal(0, 0, 5), Noise(seed=2).normal(0, 0, 5))
+
+
+def test_torch_generators_are_left_alone() -> None:
+    before = torch.get_rng_state()
+    add_gaussian_noise_(torch.zeros(9), 1.0, Noise())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_uniform() -> None:
+    u = Noise(seed=2).uniform(100_000)
+    assert float(u.min()) >= 0 and float(u.max()) < 1
+    assert stats.kstest(u.numpy(), "uniform").pvalue > 1e-3
+
+
+def test_a_noise_cannot_be_copied() -> None:
+    noise = Noise(seed=0)
+    for duplicate in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="cannot be copied or pickled"):
+            duplicate(noise)
+
+
+def _draw_in_child(noise: Noise, answers: multiprocessing.SimpleQueue[str]) -> None:
+    try:
+        noise.next_draw()
+        answers.put("drew")
+    except RuntimeError as error:
+        answers.put(str(error))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # forking a process with threads is what is tested
+def test_a_forked_noise_refuses() -> None:
+    context = multiprocessing.get_context("fork")
+    answers = context.SimpleQueue()
+    child = context.Process(target=_draw_in_child, args=(Noise(seed=0), answers))
+    child.start()
+    child.join(60)
+    assert "before a fork" in answers.get()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"mode": "strong"}, "mode: is 'strong'; pass 'fast' or 'secure'"),
+        ({"mode": "secure", "seed": 1}, "seed: is 1 with mode='secure'"),
+        ({"seed": 0.5}, "seed: is float; pass an int"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        Noise(**arguments)  # type: ignore[arg-type]

@@ -1,0 +1,172 @@
+"""The built-in benchmark sets: what is drawn, the shipped file, and the files that have to be installed."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import sys
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from adamix import datasets
+from adamix.data import check_rows, load_split
+from adamix.errors import InputError
+from adamix.storage import read_npz
+
+LETTER_FILE = Path("/usr/lib/R/site-library/mlbench/data/LetterRecognition.rda")
+SETS = ("public", "private", "validation", "test")
+
+
+def digests(x):
+    return {row.numpy().tobytes() for row in x}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """No test reads or writes the user's cache."""
+    monkeypatch.setenv("ADAMIX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("ADAMIX_DATA", raising=False)
+
+
+def builtin(name):
+    if name == "letter" and not (LETTER_FILE.is_file() and importlib.util.find_spec("rdata")):
+        pytest.skip("LetterRecognition.rda or rdata is not installed")
+    if name == "digits":
+        pytest.importorskip("sklearn")
+    return name
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "features", "classes"),
+    [
+        ("fashion-mnist", (50, 3000, 1500, 2000), 64, 10),
+        ("letter", (130, 1300, 2600, 4000), 1024, 26),
+        ("digits", (50, 800, 300, 400), 64, 10),
+    ],
+)
+def test_builtin_defaults(name, sizes, features, classes):
+    split = load_split(builtin(name))
+    assert (split.name, split.benchmark, len(split.class_names)) == (name, True, classes)
+    assert split.expected_batch_size == sizes[1]
+    assert "\n" not in split.source
+    together = []
+    for set_name, size in zip(SETS, sizes, strict=True):
+        part = check_rows(set_name, getattr(split, set_name), classes)
+        assert part.x.shape == (size, features)
+        together.append(part.x)
+    assert len(digests(torch.cat(together))) == sum(sizes)  # disjoint, and no duplicates within
+    assert torch.bincount(split.public.y).tolist() == [5] * classes
+    norms = torch.cat(together).norm(dim=1)
+    assert 0.3 < norms.mean() < 5  # a scale at which thresholds and steps are ordinary numbers
+
+
+def test_letter_is_stratified():
+    split = load_split(builtin("letter"), private_rows=26 * 7 + 5, validation_rows=26)
+    counts = torch.bincount(split.private.y, minlength=26)
+    assert (counts.min(), counts.max(), counts.sum()) == (7, 8, 26 * 7 + 5)
+    assert torch.bincount(split.validation.y).tolist() == [1] * 26
+
+
+def test_draws_follow_the_seed():
+    one, same, other = (load_split("fashion-mnist", seed=seed) for seed in (1, 1, 2))
+    for name in SETS:
+        assert torch.equal(getattr(one, name).x, getattr(same, name).x)
+        assert torch.equal(getattr(one, name).x, getattr(other, name).x) == (name == "test")
+    fewer = load_split("fashion-mnist", seed=1, private_rows=100, shots=5)
+    assert torch.equal(fewer.validation.x, one.validation.x)
+    assert torch.equal(fewer.private.x, one.private.x[:100])
+    assert fewer.expected_batch_size == 100
+    assert len(load_split("fashion-mnist", shots=2, validation_rows=0).validation.x) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"private_rows": 3451},
+            r"private_rows: 3451 private and 1500 validation rows asked, but fashion-mnist has 4950",
+        ),
+        ({"shots": 5000}, r"shots: 5000 given, but the smallest class of fashion-mnist has \d+ rows"),
+        ({"shots": 0}, "shots: 0 given; pass an integer >= 1"),
+        ({"private_rows": 1.5}, "private_rows: 1.5 given; pass an integer >= 1"),
+        ({"validation_rows": -1}, "validation_rows: -1 given; pass an integer >= 0"),
+        ({"seed": -1}, "seed: -1 given"),
+    ],
+)
+def test_impossible_draws_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        load_split(**options)
+
+
+def test_shipped_file_has_its_checksum():
+    assets = resources.files("adamix") / "assets"
+    for line in (assets / "SHA256SUMS").read_text().splitlines():
+        digest, name = line.split()
+        assert hashlib.sha256((assets / name).read_bytes()).hexdigest() == digest
+    arrays = read_npz((assets / name).read_bytes(), name, ("X", "y", "Xt", "yt"))
+    assert {key: (value.shape, str(value.dtype)) for key, value in arrays.items()} == {
+        "X": ((5000, 64), "int8"), "y": ((5000,), "uint8"), "Xt": ((2000, 64), "int8"), "yt": ((2000,), "uint8"),
+    }  # fmt: skip
+
+
+def test_shipped_file_missing_or_corrupt(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.resources, "files", lambda package: tmp_path)
+    with pytest.raises(InputError, match=r"fashion-mnist: a shipped file is missing .*reinstall adamix"):
+        load_split()
+    (tmp_path / "assets").mkdir()
+    (tmp_path / "assets" / "SHA256SUMS").write_text(f"{'0' * 64}  fashion_mnist_lite0_pca64.npz\n")
+    (tmp_path / "assets" / "fashion_mnist_lite0_pca64.npz").write_bytes(b"damaged")
+    with pytest.raises(InputError, match=r"fashion_mnist_lite0_pca64\.npz is corrupt .*reinstall adamix"):
+        load_split()
+
+
+def write_letter(path, n=60):
+    pandas, rdata = pytest.importorskip("pandas"), pytest.importorskip("rdata")
+    x = np.random.default_rng(0).integers(0, 16, (n, 16)).astype(float)
+    x[1] = x[0]
+    frame = pandas.DataFrame(x, columns=[f"a{i}" for i in range(16)])
+    letters = pandas.Categorical.from_codes(np.arange(n) % 3, categories=["A", "B", "C"])
+    frame.insert(0, "lettr", letters)
+    rdata.write_rda(path, {"LetterRecognition": frame})
+    return x
+
+
+def test_letter_file(tmp_path):
+    x = write_letter(tmp_path / "LetterRecognition.rda")
+    attributes, y, names = datasets.read_letter(tmp_path / "LetterRecognition.rda")
+    assert names == ("A", "B", "C")
+    np.testing.assert_array_equal(attributes, x)
+    np.testing.assert_array_equal(y, np.arange(60) % 3)
+    kept, labels = datasets.drop_duplicates(attributes, y)
+    np.testing.assert_array_equal(kept, np.delete(x, 1, axis=0))
+    np.testing.assert_array_equal(labels, np.delete(y, 1))
+    features = datasets.cosine_features(kept)
+    assert (features.shape, features.dtype) == ((59, 1024), np.float32)
+    np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, atol=0.15)
+
+
+def test_letter_refuses(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "_LETTER_FOLDER", str(tmp_path / "system"))
+    with pytest.raises(InputError, match=r"letter: LetterRecognition.rda is not in .*install Debian's r-cran-mlbench"):
+        load_split("letter")
+    monkeypatch.setenv("ADAMIX_DATA", str(tmp_path))
+    (tmp_path / "LetterRecognition.rda").write_bytes(b"damaged")
+    pytest.importorskip("rdata")
+    with pytest.raises(InputError, match=r"letter: .* is not mlbench's LetterRecognition \(.*reinstall"):
+        load_split("letter")
+    write_letter(tmp_path / "LetterRecognition.rda")
+    with pytest.raises(InputError, match="59 distinct rows, too few to hold out 4000"):
+        load_split("letter")
+    monkeypatch.setitem(sys.modules, "rdata", None)
+    with pytest.raises(InputError, match=r"letter needs the Python module rdata.*run: pip install rdata"):
+        load_split("letter")
+
+
+def test_digits_names_its_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(InputError, match=r"digits needs .*run: pip install scikit-learn"):
+        load_split("digits")

@@ -1,0 +1,66 @@
+"""Accounting: sigma for a budget, epsilon spent."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from scipy import optimize, stats
+
+from adamix.config import Config
+from adamix.privacy import calibrate, spent, spent_by_step, warn_if_weak
+
+
+def gaussian_delta(mu: float, epsilon: float) -> float:
+    """Balle and Wang 2018 (arXiv 1805.06530), Theorem 8."""
+    return float(stats.norm.cdf(mu / 2 - epsilon / mu) - math.exp(epsilon) * stats.norm.cdf(-mu / 2 - epsilon / mu))
+
+
+@pytest.mark.parametrize("epsilon", [0.1, 1.0, 3.0, 8.0])
+@pytest.mark.parametrize("steps", [1, 20, 777])
+@pytest.mark.parametrize("delta", [1e-5, 1e-9])
+def test_full_batch_is_exactly_gaussian(epsilon: float, steps: int, delta: float) -> None:
+    sigma = calibrate(epsilon, delta=delta, steps=steps)
+    own = spent(sigma, delta=delta, steps=steps)
+    assert epsilon - 1e-6 <= own <= epsilon
+    closed_form = optimize.brentq(lambda e: gaussian_delta(math.sqrt(steps) / sigma, e) - delta, 1e-9, 100, xtol=1e-12)
+    assert own == pytest.approx(closed_form, abs=1e-6)
+
+
+@pytest.mark.parametrize(("sample_rate", "steps"), [(0.1, 50), (0.5, 20), (0.01, 300)])
+def test_poisson_stays_within_the_budget_and_needs_less_noise(sample_rate: float, steps: int) -> None:
+    sigma = calibrate(2.0, delta=1e-5, steps=steps, sample_rate=sample_rate)
+    own = spent(sigma, delta=1e-5, steps=steps, sample_rate=sample_rate)
+    assert 2.0 - 1e-4 <= own <= 2.0
+    assert sigma < calibrate(2.0, delta=1e-5, steps=steps)
+
+
+def test_poisson_of_rate_one_is_full_batch() -> None:
+    assert spent(5.0, delta=1e-5, steps=10, sample_rate=1.0) == spent(5.0, delta=1e-5, steps=10)
+    nearly = spent(5.0, delta=1e-5, steps=10, sample_rate=1 - 1e-9)
+    assert nearly == pytest.approx(spent(5.0, delta=1e-5, steps=10), abs=1e-2)
+    assert nearly >= spent(5.0, delta=1e-5, steps=10) - 1e-6, "the privacy loss distribution rounds up"
+
+
+@pytest.mark.parametrize("sample_rate", [1.0, 0.3])
+def test_epsilon_grows_step_by_step_to_what_was_spent(sample_rate: float) -> None:
+    epsilons = spent_by_step(6.0, delta=1e-5, steps=50, sample_rate=sample_rate)
+    assert len(epsilons) == 50 and epsilons == sorted(epsilons)
+    for step in (1, 7, 50):
+        assert epsilons[step - 1] >= spent(6.0, delta=1e-5, steps=step, sample_rate=sample_rate)
+    assert epsilons[-1] == spent(6.0, delta=1e-5, steps=50, sample_rate=sample_rate)
+
+
+def test_no_noise_is_no_privacy() -> None:
+    assert calibrate(math.inf, delta=1e-5, steps=3) == 0
+    assert spent(0.0, delta=1e-5, steps=3) == math.inf
+    assert spent(0.0, delta=1e-5, steps=0) == 0
+    with pytest.warns(UserWarning, match="NO NOISE"):
+        warn_if_weak(Config(epsilon=math.inf, expected_batch_size=100))
+
+
+def test_a_large_delta_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match=r"delta: 0.001 is at least 1/N for N = 1000"):
+        warn_if_weak(Config(epsilon=1.0, delta=1e-3, expected_batch_size=100, sample_rate=0.1))
+    with pytest.warns(UserWarning, match="noise_seed"):
+        warn_if_weak(Config(epsilon=1.0, expected_batch_size=100, noise_seed=1))
