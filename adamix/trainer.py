@@ -48,9 +48,9 @@ class AdaMix:
     """Private training of a classifier with a little public data.
 
     Args:
-        model: None for a softmax head (no bias) sized by the data; or any `nn.Module` that gives logits and keeps samples
-            apart, trained in place. An `nn.Linear` is a softmax head and takes the fast path; its weights, zeros or a
-            zero-shot classifier for instance, are the start of phase 1.
+        model: None for a softmax head, without bias, sized by the data; or any `nn.Module` that gives logits and keeps
+            samples apart, trained in place. An `nn.Linear` is a softmax head and takes the fast path; its weights,
+            zeros or a zero-shot classifier for instance, are the start of phase 1.
         settings: the fields of `Config`; `epsilon` and `expected_batch_size` have no default.
 
     Raises:

@@ -194,6 +194,17 @@ def define_op(
     return wrap
 
 
+def op_table() -> str:
+    """The ops as a Markdown table, for the README."""
+    lines = ["| op | what | arguments | results | compiled |", "|---|---|---|---|---|"]
+    for op in OPS.values():
+        arguments = ", ".join(f"`{name} {axes.text}`" for name, axes in op._axes.items())
+        results = ", ".join(f"`{out.name} [{', '.join(out.axes.split())}]`" for out in op.returns)
+        what = (op.__doc__ or "").splitlines()[0].rstrip(".")
+        lines.append(f"| `{op.name}` | {what} | {arguments} | {results} | {', '.join(op.backends) or '-'} |")
+    return "\n".join(lines)
+
+
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Run every op inside the block on backend `name` ("torch", "cpp", "triton", "cuda"), or "auto".

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 import adamix_kernels  # noqa: F401  registers every op
 from adamix_kernels.spec import AUTO_ORDER, FLOAT_DTYPES, OPS, Case, Op, Out, use_backend
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+DEVICES = {"torch": ("cpu", "cuda"), "cpp": ("cpu",), "triton": ("cuda",), "cuda": ("cuda",)}
 FLOAT32_TINIEST = 2.0**-149
 
 
@@ -22,10 +23,10 @@ def runs() -> Iterator[Any]:
     for op in OPS.values():
         for backend in AUTO_ORDER:
             if op.why_not(backend) is None:
-                for case in op.cases():
-                    for dtype in FLOAT_DTYPES:
-                        name = f"{op.name}-{backend}-{case.name}-{str(dtype).removeprefix('torch.')}"
-                        yield pytest.param(op, backend, case, dtype, id=name.replace(" ", "_"))
+                for case, dtype, device in itertools.product(op.cases(), FLOAT_DTYPES, DEVICES[backend]):
+                    name = f"{op.name}-{backend}-{case.name}-{str(dtype).removeprefix('torch.')}-{device}"
+                    marks = [pytest.mark.gpu] if device == "cuda" else []
+                    yield pytest.param(op, backend, case, dtype, device, id=name.replace(" ", "_"), marks=marks)
 
 
 def inputs(op: Op[..., Any], case: Case, dtype: torch.dtype, device: str) -> dict[str, Any]:
@@ -74,8 +75,7 @@ def assert_close(out: Out, result: Tensor, expected: Tensor) -> None:
         assert (result >= expected * (1 - 1e-14)).all(), f"{out.name}: below the exact value"
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("op", "backend", "case", "dtype"), list(runs()))
+@pytest.mark.parametrize(("op", "backend", "case", "dtype", "device"), list(runs()))
 def test_agrees_with_the_float64_definition(
     op: Op[..., Any], backend: str, case: Case, dtype: torch.dtype, device: str
 ) -> None:
