@@ -38,8 +38,8 @@ PAPER: Settings = {"geometry": None, "subspace_energy": 0.95, "anchor": 1e-3}
 #: What a search may choose from, for methods with a fixed and with an adaptive threshold. `learning_rate` is in units
 #: of 1 / tau, so the rate of the conventional update is learning_rate / max_grad_norm.
 _FIXED_GRID: dict[str, Sequence[Any]] = {
-    "max_grad_norm": (0.1, 0.3, 1.0, 3.0),
-    "learning_rate": (0.3, 1.0, 3.0, 10.0, 30.0, 100.0),
+    "max_grad_norm": (0.03, 0.1, 0.3, 1.0),
+    "learning_rate": (1.0, 3.0, 10.0, 30.0, 100.0, 300.0),
     "steps": (10, 20, 40),
     "public_weight": (0.3, 1.0, 5.0, 20.0),
 }

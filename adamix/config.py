@@ -24,7 +24,7 @@ class Config:
             (0, 1]; 1 takes all rows at every step.
         steps: private steps T.
         quantile: the threshold tau_t of a step is this quantile of the public per-sample gradient norms, in (0, 1].
-            None: the fixed `max_grad_norm`.
+            None: the fixed `max_grad_norm`. With `learning_rate=None` a quantile too small for the step is raised.
         max_grad_norm: the fixed threshold; only with `quantile=None`.
         clipping: "flat", one threshold over all parameters, or "per_layer", one each.
         subspace_rank: project onto at most so many leading directions of the public gradients. None: no such limit.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,13 +12,8 @@ from adamix.config import Config
 from adamix.mechanism import Mechanism
 from adamix.models import Trainable
 from adamix.rows import Rows
-from adamix_kernels import norm_quantile, project, subspace_basis
-
-#: A threshold must be above 0 for the step size 1 / tau; public gradients that vanish altogether reach this.
-_SMALLEST_THRESHOLD = 1e-8
-#: Largest product of step size and curvature bound. Gradient descent alone would need 2, but the bound is loose where
-#: predictions are confident, and clipping keeps an overshoot finite; chosen in `benchmarks/defaults.md`.
-_STABLE = 64.0
+from adamix.schedule import make_schedule, public_norms
+from adamix_kernels import project, subspace_basis
 
 
 @dataclass(frozen=True)
@@ -39,32 +33,39 @@ class Step:
 
 
 def private_phase(
-    model: Trainable, public: Rows, private: Rows, config: Config, mechanism: Mechanism, anchor: Tensor
+    model: Trainable,
+    public: Rows,
+    private: Rows,
+    config: Config,
+    mechanism: Mechanism,
+    *,
+    start: Tensor,
+    anchor: Tensor,
 ) -> Iterator[Step]:
     """Run phase 2, updating `model` in place; yields after each step.
 
     Args:
         public: rows whose exact gradients set threshold and subspace, and enter the update.
         private: rows seen only through `mechanism`.
+        start: the weights the model came with `[P]`, for the rule behind `learning_rate=None`.
         anchor: the phase-1 weights `[P]`.
     """
-    size = step_size(model, public, config, mechanism.noise_multiplier)
+    schedule = make_schedule(model, public, start, config, mechanism.noise_multiplier)
     weight = config.public_weight
     denominator = config.expected_batch_size + weight * len(public.y)
     for number in range(1, config.steps + 1):
         public_sum, norm_sq, loss = model.grad_sum(public)  # norm_sq [layers, N]
-        if config.clipping == "flat":
-            norm_sq = norm_sq.sum(0, keepdim=True)
+        norm_sq = public_norms(norm_sq, config)
         basis = None
         if config.projects:
             grads = torch.cat(list(model.grad_sample(public)))
             basis = subspace_basis(grads, rank=config.subspace_rank, energy=config.subspace_energy)
             norm_sq = project(grads, basis).double().square().sum(1)[None].float()
-        thresholds = adaptive_thresholds(norm_sq, config)
+        thresholds = schedule.thresholds(norm_sq, config)
         released = mechanism.release(model, mechanism.sample(private, config.sample_rate), thresholds, basis)
 
         tau = float(thresholds.double().square().sum().sqrt())
-        eta = size.at(tau)
+        eta = schedule.step_size(tau)
         direction = (released + weight * public_sum) / denominator
         weights = pulled_step(model.weights(), direction, eta, config.anchor, anchor)
         model.set_weights(weights)
@@ -78,46 +79,6 @@ def private_phase(
         )
 
 
-def adaptive_thresholds(public_norm_sq: Tensor, config: Config) -> Tensor:
-    """One threshold per row of `[layers, N]` public squared norms: their quantile, or the fixed one split evenly."""
-    if config.quantile is None:
-        fixed = float(config.max_grad_norm or 0) / math.sqrt(len(public_norm_sq))
-        return torch.full((len(public_norm_sq),), fixed, device=public_norm_sq.device)
-    taus = [norm_quantile(norm_sq, config.quantile) for norm_sq in public_norm_sq]
-    return torch.stack(taus).clamp(min=_SMALLEST_THRESHOLD)
-
-
 def pulled_step(weights: Tensor, direction: Tensor, step_size: float, pull: float, anchor: Tensor) -> Tensor:
     """w <- w - eta (direction + pull (w - anchor)), the pull taken at the new w: stable for every eta and pull."""
     return (weights - step_size * direction + step_size * pull * anchor) / (1 + step_size * pull)
-
-
-@dataclass(frozen=True)
-class StepSize:
-    """Step sizes eta of one run: `learning_rate` / tau, but at most `limit`."""
-
-    learning_rate: float
-    limit: float
-
-    def at(self, tau: float) -> float:
-        return min(self.learning_rate / tau, self.limit)
-
-
-def step_size(model: Trainable, public: Rows, config: Config, noise_multiplier: float) -> StepSize:
-    """The given `learning_rate`, or a rule from public quantities alone.
-
-    The rule: after T steps the noise in every weight has standard deviation lr sigma sqrt(T) / (n + w n_pub), which
-    moves a logit by J times as much, J being the norm of the logit's gradient on public rows; lr makes that
-    `logit_noise`. And eta times a bound on the curvature of the public loss (half the largest eigenvalue of the mean
-    outer product of those gradients) stays within _STABLE.
-    """
-    if config.learning_rate is not None:
-        return StepSize(config.learning_rate, math.inf)
-    gradients = model.logit_gradients(public).double()
-    spread = float(gradients.square().sum(1).mean().sqrt())
-    curvature = float(torch.linalg.matrix_norm(gradients, 2)) ** 2 / len(gradients) / 2
-    denominator = config.expected_batch_size + config.public_weight * len(public.y)
-    noise = noise_multiplier * math.sqrt(config.steps) * spread
-    return StepSize(
-        config.logit_noise * denominator / noise if noise else math.inf, _STABLE / curvature if curvature else math.inf
-    )

@@ -133,7 +133,7 @@ class AdaMix:
             view.set_weights(start)
         mechanism = Mechanism(noise_multiplier, Noise(config.noise_seed, config.noise_mode))
         steps: list[Step] = []
-        for step in private_phase(view, inside_public, inside_private, config, mechanism, anchor):
+        for step in private_phase(view, inside_public, inside_private, config, mechanism, start=start, anchor=anchor):
             steps.append(step)
             if on_step is not None:
                 on_step(step)

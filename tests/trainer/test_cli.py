@@ -124,6 +124,53 @@ def test_bad_input_is_one_line_and_exit_code_two(
     assert not out.exists() and not list(tmp_path.glob(".*"))
 
 
+def spoil(path: str, **changes: Any) -> None:
+    arrays = dict(np.load(path))
+    np.savez(path, **{**arrays, **{key: change(arrays[key].copy()) for key, change in changes.items()}})
+
+
+def with_nan(x: Any) -> Any:
+    x[2, 1] = np.nan
+    return x
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("private", {"X": with_nan}, "private: x has NaN or Inf (as float32) in 1 rows, first in row 2"),
+        ("private", {"y": lambda y: y[:-1]}, "private: x has 60 rows but y has 59; pass one label per row"),
+        ("private", {"y": lambda y: y + 1}, "labels must be in 0..2"),
+        ("private", {"X": lambda x: x[:, :3]}, "private: rows have shape [3] but public rows have [4]"),
+        ("public", {"y": lambda y: np.where(y == 1, 2, y)}, "class"),
+        ("public", {"X": lambda x: x[:, 0]}, "public: x has shape [9]"),
+    ],
+)
+def test_bad_rows_are_one_line_too(
+    files: dict[str, str],
+    name: str,
+    changes: dict[str, Any],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    spoil(files[name], **changes)
+    assert main([*options(files), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert message in error and len(error.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_overlap_and_corruption(files: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    public, private = np.load(files["public"])["X"], dict(np.load(files["private"]))
+    private["X"][7] = public[3]
+    np.savez(files["private"], **private)
+    assert main(options(files)) == 2
+    assert "1 of 60 rows are also public rows" in (error := capsys.readouterr().err) and len(error.splitlines()) == 1
+    Path(files["private"]).write_bytes(Path(files["private"]).read_bytes()[:200])
+    assert main(options(files)) == 2
+    assert "private" in (error := capsys.readouterr().err) and len(error.splitlines()) == 1
+
+
 def test_the_expected_batch_size_of_own_rows_must_be_given(
     files: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:

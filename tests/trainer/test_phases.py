@@ -16,6 +16,7 @@ from adamix.mechanism import Mechanism
 from adamix.models import Trainable, trainable
 from adamix.public_phase import fit_public
 from adamix.rows import Rows
+from adamix.schedule import Schedule, make_schedule
 from adamix_kernels import Noise
 
 
@@ -39,7 +40,9 @@ def config(**settings: Any) -> Config:
 def run(model: Trainable, settings: Config, sigma: float = 0.0, private: Rows | None = None) -> list[phase.Step]:
     anchor = model.weights()
     mechanism = Mechanism(sigma, Noise(seed=0))
-    return list(phase.private_phase(model, rows(12), private or rows(40, seed=1), settings, mechanism, anchor))
+    start = torch.zeros_like(anchor)
+    private = private or rows(40, seed=1)
+    return list(phase.private_phase(model, rows(12), private, settings, mechanism, start=start, anchor=anchor))
 
 
 def test_phase_one_finds_the_regularised_optimum() -> None:
@@ -149,8 +152,10 @@ def test_vanishing_public_gradients_do_not_stop_the_run() -> None:
     public = Rows(torch.zeros(6, 5), torch.arange(6) % 3)
     model.set_weights(torch.tensor([0.0] * 15 + [200.0] * 3))
     settings = config(subspace_rank=3, learning_rate=1e-8)
-    steps = list(phase.private_phase(model, public, rows(9), settings, Mechanism(1.0, Noise(seed=0)), model.weights()))
-    assert len(steps) == 3 and bool(model.weights().isfinite().all())
+    for rule in (settings, config(subspace_rank=3)):
+        weights, mechanism = model.weights(), Mechanism(1.0, Noise(seed=0))
+        steps = list(phase.private_phase(model, public, rows(9), rule, mechanism, start=weights, anchor=weights))
+        assert len(steps) == 3 and bool(model.weights().isfinite().all())
 
 
 def test_poisson_batches_with_empty_ones() -> None:
@@ -163,13 +168,37 @@ def test_the_step_size_rule_keeps_the_noise_in_a_logit() -> None:
     settings = config(steps=16, logit_noise=0.5, public_weight=2.0)
     for make in (zero_head, lambda: Trainable(zero_head().module)):
         model = make()
-        size = phase.step_size(model, rows(12), settings, noise_multiplier=3.0)
+        schedule = make_schedule(model, rows(12), model.weights(), settings, noise_multiplier=3.0)
         spread = math.sqrt(float((rows(12).x.square().sum(1) + 1).mean()))
-        assert size.learning_rate * 3.0 * 4 / (40 + 2 * 12) * spread == pytest.approx(0.5, rel=1e-5)
+        assert schedule.learning_rate * 3.0 * 4 / (40 + 2 * 12) * spread == pytest.approx(0.5, rel=1e-5)
         x = torch.cat([rows(12).x, torch.ones(12, 1)], 1).double()
-        assert size.limit == pytest.approx(64 / (float(torch.linalg.eigvalsh(x.T @ x / 12)[-1]) / 2), rel=1e-5)
-    assert phase.step_size(zero_head(), rows(12), settings, 0.0).learning_rate == math.inf
-    assert phase.step_size(zero_head(), rows(12), config(learning_rate=2.0), 3.0) == phase.StepSize(2.0, math.inf)
+        assert schedule.limit == pytest.approx(16 / (float(torch.linalg.eigvalsh(x.T @ x / 12)[-1]) / 2), rel=1e-5)
+        assert schedule.step_size(1e-9) == schedule.limit
+        assert schedule.step_size(1e9) == schedule.learning_rate / 1e9
+    given = make_schedule(zero_head(), rows(12), zero_head().weights(), config(learning_rate=2.0), 3.0)
+    assert given == Schedule(2.0) and given.step_size(0.5) == 4.0
+
+
+def test_a_threshold_too_small_for_the_step_is_raised() -> None:
+    """Where the limit on the step binds, the noise budget goes into less clipping; up to the scale at the start."""
+    model, public = zero_head(), rows(12)
+    start = model.weights()
+    at_start = torch.cat(list(model.grad_sample(public))).norm(dim=1).sort().values[10]
+    fit_public(model, public, l2=1e-6, steps=200)
+    fitted = model.weights()
+    little_noise = make_schedule(model, public, start, config(), noise_multiplier=1e-3)
+    assert little_noise.floor == pytest.approx(float(at_start), rel=1e-5)
+    assert torch.equal(model.weights(), fitted), "the weights are as before"
+    much_noise = make_schedule(model, public, start, config(), noise_multiplier=100.0)
+    assert much_noise.floor == pytest.approx(much_noise.learning_rate / much_noise.limit)
+    norm_sq = torch.tensor([[1e-6, 4e-6], [1e-8, 9e-6]])
+    taus = little_noise.thresholds(norm_sq, config(quantile=1.0))
+    assert float(taus.norm()) == pytest.approx(little_noise.floor)
+    assert float(taus[1] / taus[0]) == pytest.approx(1.5), "layers keep their proportions"
+    large = little_noise.thresholds(norm_sq * 1e12, config(quantile=1.0))
+    torch.testing.assert_close(large, torch.tensor([2e3, 3e3]))
+    no_noise = make_schedule(model, public, start, config(), noise_multiplier=0.0)
+    assert no_noise.step_size(0.1) == no_noise.limit and math.isfinite(no_noise.floor)
 
 
 def test_private_rows_reach_the_weights_through_the_mechanism_alone(monkeypatch: pytest.MonkeyPatch) -> None:
