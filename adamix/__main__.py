@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
+import re
 import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from adamix import cli
+from adamix import cli, cli_baselines
 from adamix.errors import InputError
+from adamix.report import to_json
 
 
 class _Parser(argparse.ArgumentParser):
@@ -23,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
     root = _Parser(prog="adamix", description="Differentially private training with a little public data (AdaMix).")
     root.add_argument("--version", action="version", version=cli.version())
     commands = root.add_subparsers(dest="command", required=True, parser_class=_Parser)
-    for add in (cli.add_train, cli.add_baselines, cli.add_features, cli.add_info):
+    for add in (cli.add_train, cli_baselines.add_baselines, cli.add_features, cli.add_info):
         add(commands)
     return root
 
@@ -36,10 +37,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             result: dict[str, Any] = arguments.run(arguments)
         except InputError as error:
-            print(f"adamix {arguments.command}: error: {error}", file=sys.stderr)
+            # The loader's argument is called --data here.
+            message = re.sub(r"^source: ", "data: ", str(error)) if arguments.command == "train" else str(error)
+            print(f"adamix {arguments.command}: error: {message}", file=sys.stderr)
             return 2
     if arguments.json:
-        print(json.dumps(result))
+        print(to_json(result))
     return 0
 
 

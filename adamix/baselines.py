@@ -38,17 +38,14 @@ PAPER: Settings = {"geometry": None, "subspace_energy": 0.95, "anchor": 1e-3}
 #: What a search may choose from, for methods with a fixed and with an adaptive threshold. `learning_rate` is in units
 #: of 1 / tau, so the rate of the conventional update is learning_rate / max_grad_norm.
 _FIXED_GRID: dict[str, Sequence[Any]] = {
-    "max_grad_norm": (0.03, 0.1, 0.3, 1.0),
-    "learning_rate": (1.0, 3.0, 10.0, 30.0, 100.0, 300.0),
-    "steps": (10, 20, 40),
+    "max_grad_norm": (0.1, 0.3, 1.0),
+    "learning_rate": (3.0, 10.0, 30.0, 100.0, 300.0),
     "public_weight": (0.3, 1.0, 5.0, 20.0),
 }
 _ADAPTIVE_GRID: dict[str, Sequence[Any]] = {
-    "quantile": (0.5, 0.75, 0.9, 1.0),
-    "logit_noise": (0.3, 0.6, 1.0, 1.5),
-    "steps": (10, 20, 40),
+    "quantile": (0.75, 0.9, 1.0),
+    "logit_noise": (0.3, 0.5, 0.8, 1.1, 1.5),
     "public_weight": (0.3, 1.0, 5.0, 20.0),
-    "public_l2": (1e-4, 1e-3, 1e-2),
 }
 
 
@@ -174,6 +171,6 @@ def paragon_error(split: Split) -> float:
     return min(outcomes, key=lambda pair: pair[0])[1]
 
 
-def error_increase(error: float, paragon: float) -> float:
-    """By how many percent `error` is above the paragon's."""
-    return 100 * (error / paragon - 1)
+def error_increase(error: float, paragon: float) -> float | None:
+    """By how many percent `error` is above the paragon's; None if that is 0."""
+    return 100 * (error / paragon - 1) if paragon else None

@@ -10,7 +10,6 @@ import platform
 import re
 from collections.abc import Callable
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,8 +23,9 @@ from adamix.config import Config
 from adamix.data import DEFAULT_SOURCE, Split, load_split
 from adamix.datasets import BENCHMARKS
 from adamix.errors import InputError
-from adamix.report import check_out, finite, write_run
+from adamix.report import check_out, write_run
 from adamix.rows import Rows
+from adamix.storage import one_line
 from adamix.trainer import AdaMix, Result
 
 Commands = Any  # argparse keeps the type of a group of subparsers to itself
@@ -35,14 +35,14 @@ def version() -> str:
     return f"adamix {metadata.version('adamix')}"
 
 
-def _add(commands: Commands, name: str, run: Callable[[argparse.Namespace], dict[str, Any]], text: str) -> Any:
+def add_command(commands: Commands, name: str, run: Callable[[argparse.Namespace], dict[str, Any]], text: str) -> Any:
     parser = commands.add_parser(name, help=text, description=text)
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line of stdout")
     parser.set_defaults(run=run)
     return parser
 
 
-def _console(arguments: argparse.Namespace) -> Console:
+def console_of(arguments: argparse.Namespace) -> Console:
     """Tables go to stdout, or with --json to stderr."""
     return Console(stderr=arguments.json, highlight=False)
 
@@ -51,7 +51,7 @@ def _console(arguments: argparse.Namespace) -> Console:
 
 
 def add_train(commands: Commands) -> None:
-    parser = _add(commands, "train", train, "Train a private classifier with a little public data.")
+    parser = add_command(commands, "train", train, "Train a private classifier with a little public data.")
     data = parser.add_argument_group("data")
     data.add_argument(
         "--data", default=DEFAULT_SOURCE, help=f"{', '.join(BENCHMARKS)}, an .npz file or an image folder"
@@ -104,6 +104,9 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     """Run AdaMix once and show what it gained."""
     if arguments.out is not None:
         check_out(arguments.out)
+    device = _device(arguments.device)
+    settings = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Config)}
+    Config(**{**settings, "expected_batch_size": settings["expected_batch_size"] or 1})  # before the data are loaded
     split = _to_device(
         load_split(
             arguments.data,
@@ -115,9 +118,8 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
             seed=arguments.seed,
             backbone=arguments.backbone,
         ),
-        arguments.device,
+        device,
     )
-    settings = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Config)}
     if settings["expected_batch_size"] is None:
         settings["expected_batch_size"] = _expected_batch_size(split, settings["sample_rate"])
     trainer = AdaMix(**settings)
@@ -131,30 +133,37 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
         paragon = baselines.paragon_error(split)
         summary |= {
             "paragon_error": paragon,
-            "error_increase": baselines.error_increase(summary["test_error"], paragon) if paragon else None,
+            "error_increase": baselines.error_increase(summary["test_error"], paragon),
         }
+    console = console_of(arguments)
+    _show_run(console, summary, split)
     if arguments.out is not None:
         write_run(arguments.out, result, summary)
-    _show_run(_console(arguments), summary, split, arguments.out)
+        console.print(f"Run folder: {arguments.out}")
     return summary
 
 
-def _to_device(split: Split, device: str | None) -> Split:
+def _device(name: str | None) -> torch.device:
     try:
-        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        moved: dict[str, Any] = {
-            name: Rows(*(t.to(target) for t in getattr(split, name)))
-            for name in ("public", "private", "validation", "test")
-        }
-    except (RuntimeError, AssertionError) as error:  # torch says so in either way
-        raise InputError(f"device: {device!r} cannot be used ({str(error).splitlines()[0]}); pass cpu") from error
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device).sum().item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch says so in either way
+        raise InputError(f"device: {name!r} cannot be used ({one_line(error)}); pass cpu") from error
+    return device
+
+
+def _to_device(split: Split, device: torch.device) -> Split:
+    moved: dict[str, Any] = {
+        name: Rows(*(t.to(device) for t in getattr(split, name)))
+        for name in ("public", "private", "validation", "test")
+    }
     return dataclasses.replace(split, **moved)
 
 
 def _expected_batch_size(split: Split, sample_rate: float) -> int:
     if split.expected_batch_size is None:
         raise InputError(
-            "expected-batch-size: missing; for your own rows pass --expected-batch-size, a figure that may be public "
+            "expected_batch_size: missing; for your own rows pass --expected-batch-size, a figure that may be public "
             "(the planned number of private rows per step), because a count of the private rows is itself private"
         )
     return max(1, round(split.expected_batch_size * sample_rate))
@@ -167,7 +176,7 @@ def summarise(result: Result, split: Split, seed: int) -> dict[str, Any]:
         "data": split.name,
         "test_error": result.test_error,
         "public_error": result.public_error,
-        "epsilon": finite(result.epsilon),
+        "epsilon": result.epsilon,
         "delta": result.delta,
         "noise_multiplier": result.noise_multiplier,
         "steps": len(result.steps),
@@ -175,17 +184,16 @@ def summarise(result: Result, split: Split, seed: int) -> dict[str, Any]:
     }
 
 
-def _show_run(console: Console, summary: dict[str, Any], split: Split, out: str | None) -> None:
+def _show_run(console: Console, summary: dict[str, Any], split: Split) -> None:
     size = "" if split.expected_batch_size is None else f", {split.expected_batch_size} private rows"
     table = Table(title=f"{split.name}: {len(split.public.y)} public rows{size}")
     for column in ("", "test error %", "epsilon", "delta"):
         table.add_column(column, justify="left" if not column else "right")
     table.add_row("public only", f"{summary['public_error']:.2f}", "0", "0")
-    epsilon = summary["epsilon"]
     table.add_row(
         "AdaMix",
         f"[bold]{summary['test_error']:.2f}[/bold]",
-        epsilon if isinstance(epsilon, str) else f"{epsilon:.4g}",
+        f"{summary['epsilon']:.4g}",
         f"{summary['delta']:g}",
     )
     if "paragon_error" in summary:
@@ -196,130 +204,17 @@ def _show_run(console: Console, summary: dict[str, Any], split: Split, out: str 
     )
     if "paragon_error" in summary:
         console.print("The paragon reads private rows without noise: it is outside the guarantee.")
-    if out is not None:
-        console.print(f"Run folder: {out}")
-
-
-# --- baselines -------------------------------------------------------------------------------------------------------
-
-
-def add_baselines(commands: Commands) -> None:
-    parser = _add(commands, "baselines", run_baselines, "Compare AdaMix, its ablations and the baselines.")
-    parser.add_argument("--data", default=DEFAULT_SOURCE, choices=list(BENCHMARKS), help="a built-in public set")
-    parser.add_argument("--epsilon", type=float, nargs="+", default=[1.0, 3.0])
-    parser.add_argument("--delta", type=float, default=1e-5)
-    parser.add_argument("--shots", type=int, nargs="+", default=[5], help="public rows per class")
-    parser.add_argument("--private-rows", type=int, nargs="+", default=[None], help="private rows in all")
-    parser.add_argument("--seeds", type=int, default=3, help="random splits per setting")
-    parser.add_argument(
-        "--searches", type=int, default=24, help="candidates tried for each tuned row; 0: no tuned rows"
-    )
-    parser.add_argument("--out", help="new file for the table as Markdown")
-
-
-def run_baselines(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The whole table; the hyper-parameters of tuned rows are chosen on validation rows."""
-    for name in ("seeds", "searches"):
-        if getattr(arguments, name) < (name == "seeds"):
-            raise InputError(f"{name}: {getattr(arguments, name)} is too few; pass a number >= {int(name == 'seeds')}")
-    out = None if arguments.out is None else Path(arguments.out)
-    if out is not None and out.exists():
-        raise InputError(f"out: {out} exists already; name a new file, nothing is overwritten")
-    methods = [m for m in baselines.METHODS if arguments.searches or m.grid is None]
-    grid = [(s, n, e) for s in arguments.shots for n in arguments.private_rows for e in arguments.epsilon]
-    console, records, markdown = _console(arguments), [], []
-    total = len(grid) * baselines.runs_per_setting(methods, arguments.seeds, arguments.searches)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(f"{arguments.data}: training", total=total)
-        for shots, private_rows, epsilon in grid:
-            splits = [
-                load_split(arguments.data, shots=shots, private_rows=private_rows, seed=seed)
-                for seed in range(arguments.seeds)
-            ]
-            rows = list(
-                baselines.compare(
-                    splits,
-                    epsilon=epsilon,
-                    delta=arguments.delta,
-                    methods=methods,
-                    searches=arguments.searches,
-                    on_run=lambda: progress.advance(task),
-                )
-            )
-            setting = {
-                "data": arguments.data,
-                "shots": shots,
-                "private_rows": len(splits[0].private.y),
-                "epsilon": epsilon,
-                "delta": arguments.delta,
-                "seeds": arguments.seeds,
-            }
-            records.append({**setting, "rows": _row_records(rows)})
-            progress.console.print(_table(records[-1])) if not arguments.json else None
-            markdown.append(_markdown(records[-1]))
-    if arguments.json:
-        for record in records:
-            console.print(_table(record))
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text("\n".join(markdown))
-    return {"method": "baselines", "settings": records}
-
-
-def _row_records(rows: list[baselines.Row]) -> list[dict[str, Any]]:
-    paragon = rows[-1].mean
-    return [
-        {
-            "method": row.method,
-            "test_error": row.mean,
-            "spread": row.spread,
-            "error_increase": baselines.error_increase(row.mean, paragon),
-            "chosen": row.chosen,
-        }
-        for row in rows
-    ]
-
-
-def _title(record: dict[str, Any]) -> str:
-    return (
-        f"{record['data']}: {record['shots']} public rows per class, {record['private_rows']} private rows, "
-        f"epsilon {record['epsilon']:g}, delta {record['delta']:g}, {record['seeds']} seeds"
-    )
-
-
-def _cells(record: dict[str, Any]) -> list[tuple[str, str, str]]:
-    return [
-        (row["method"], f"{row['test_error']:.1f} ± {row['spread']:.1f}", f"{row['error_increase']:.0f}")
-        for row in record["rows"]
-    ]
-
-
-_COLUMNS = ("method", "test error %", "increase over the paragon %")
-
-
-def _table(record: dict[str, Any]) -> Table:
-    table = Table(title=_title(record))
-    for column in _COLUMNS:
-        table.add_column(column, justify="left" if column == "method" else "right")
-    for cells in _cells(record):
-        table.add_row(*cells)
-    return table
-
-
-def _markdown(record: dict[str, Any]) -> str:
-    lines = [f"**{_title(record)}**", "", "| " + " | ".join(_COLUMNS) + " |", "|---|--:|--:|"]
-    return "\n".join(lines + ["| " + " | ".join(cells) + " |" for cells in _cells(record)]) + "\n"
 
 
 # --- features and info -----------------------------------------------------------------------------------------------
 
 
 def add_features(commands: Commands) -> None:
-    parser = _add(commands, "features", run_features, "Turn images into the features of a pretrained network.")
+    parser = add_command(commands, "features", run_features, "Turn images into the features of a pretrained network.")
     parser.add_argument(
         "source", help="a folder with one subfolder of images per class, or fashion-mnist:train / :test"
     )
-    parser.add_argument("--out", required=True, help="the .npz file to write: X, y, class_names")
+    parser.add_argument("--out", required=True, help="the .npz file to write: X, y, class_names, digests, meta")
     parser.add_argument("--backbone", default="efficientnet-lite0", help="efficientnet-lite0, or timm/NAME")
     parser.add_argument("--image-size", type=int, help="pixels a side; default: what suits backbone and source")
     parser.add_argument("--batch-size", type=int, default=64)
@@ -334,18 +229,18 @@ def run_features(arguments: argparse.Namespace) -> dict[str, Any]:
         batch_size=arguments.batch_size,
     )
     rows, width = found.x.shape
-    _console(arguments).print(f"{rows} rows of {width} features, {len(found.class_names)} classes: {arguments.out}")
+    console_of(arguments).print(f"{rows} rows of {width} features, {len(found.class_names)} classes: {arguments.out}")
     return {"method": "features", "rows": rows, "features": width, "classes": len(found.class_names)}
 
 
 def add_info(commands: Commands) -> None:
-    _add(commands, "info", run_info, "Show versions, which kernel runs where, and the built-in data.")
+    add_command(commands, "info", run_info, "Show versions, which kernel runs where, and the built-in data.")
 
 
 def run_info(arguments: argparse.Namespace) -> dict[str, Any]:
     packages = ("adamix", "torch", "numpy", "dp-accounting")
     versions = {"python": platform.python_version()} | {name: metadata.version(name) for name in packages}
-    console = _console(arguments)
+    console = console_of(arguments)
     console.print(", ".join(f"{name} {found}" for name, found in versions.items()))
     console.print(f"{os.cpu_count()} processors, {torch.get_num_threads()} threads, cuda: {torch.cuda.is_available()}")
     kernels = adamix_kernels.backends()

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
 
 from adamix.errors import InputError
 
 GEOMETRIES = (None, "whiten")
 CLIPPINGS = ("flat", "per_layer")
+#: Beyond these, float32 weights and thresholds have no meaning.
+_SMALL, _LARGE = 1e-12, 1e12
+_KINDS = {"float": "a number", "int": "a whole number", "str": "a text", "bool": "True or False"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,14 +73,19 @@ class Config:
     noise_seed: int | None = None
 
     def __post_init__(self) -> None:
-        self._require("epsilon", self.epsilon > 0, "pass a number above 0, or inf for no privacy")
+        for field in fields(self):
+            self._check_type(field.name, str(field.type))
+        unlimited = self.epsilon == math.inf
+        self._require(
+            "epsilon", 0 < self.epsilon <= 1000 or unlimited, "pass a number in (0, 1000], or inf for no privacy"
+        )
         self._require("delta", 0 < self.delta < 1, "pass a number in (0, 1), well below 1 / (private rows)")
-        self._require("expected_batch_size", self.expected_batch_size >= 1, "pass a public constant >= 1")
+        self._require("expected_batch_size", 1 <= self.expected_batch_size <= 10**12, "pass a public constant >= 1")
         self._require("sample_rate", 0 < self.sample_rate <= 1, "pass a probability in (0, 1]; 1 is full batch")
-        self._require("steps", self.steps >= 1, "pass a whole number >= 1")
+        self._require("steps", 1 <= self.steps <= 10**6, "pass a whole number in [1, 1000000]")
         if self.quantile is None:
-            fixed = self.max_grad_norm is not None and 0 < self.max_grad_norm < math.inf
-            self._require("max_grad_norm", fixed, "with quantile=None pass a finite threshold above 0")
+            fixed = self.max_grad_norm is not None and _SMALL <= self.max_grad_norm <= _LARGE
+            self._require("max_grad_norm", fixed, f"with quantile=None pass a threshold in [{_SMALL:g}, {_LARGE:g}]")
         else:
             self._require("quantile", 0 < self.quantile <= 1, "pass a fraction in (0, 1], or None for max_grad_norm")
             self._require("max_grad_norm", self.max_grad_norm is None, "drop it, or pass quantile=None to fix it")
@@ -89,15 +98,21 @@ class Config:
                 "clipping", not self.projects, "a subspace spans all layers: use 'flat', or drop the subspace"
             )
         self._require("geometry", self.geometry in GEOMETRIES, f"pass one of {GEOMETRIES}")
-        self._require("public_weight", 0 <= self.public_weight < math.inf, "pass a finite number >= 0")
+        self._require("public_weight", 0 <= self.public_weight <= _LARGE, f"pass a number in [0, {_LARGE:g}]")
         rate = self.learning_rate
-        self._require("learning_rate", rate is None or 0 < rate < math.inf, "pass a finite number above 0, or None")
-        self._require("logit_noise", 0 < self.logit_noise < math.inf, "pass a finite number above 0")
-        self._require("anchor", 0 <= self.anchor < math.inf, "pass a finite number >= 0")
-        self._require("public_l2", 0 <= self.public_l2 < math.inf, "pass a finite number >= 0")
+        self._require(
+            "learning_rate",
+            rate is None or _SMALL <= rate <= _LARGE,
+            f"pass None, or a number in [{_SMALL:g}, {_LARGE:g}]",
+        )
+        self._require("logit_noise", _SMALL <= self.logit_noise <= _LARGE, f"pass a number in [{_SMALL:g}, {_LARGE:g}]")
+        self._require("anchor", 0 <= self.anchor <= _LARGE, f"pass a number in [0, {_LARGE:g}]")
+        self._require("public_l2", 0 <= self.public_l2 <= _LARGE, f"pass a number in [0, {_LARGE:g}]")
         self._require("public_steps", self.public_steps >= 1, "pass a whole number >= 1")
         self._require("noise_mode", self.noise_mode in ("fast", "secure"), "pass 'fast' or 'secure'")
         seeded = self.noise_seed is not None
+        if seeded:
+            object.__setattr__(self, "noise_seed", int(self.noise_seed or 0))  # NumPy's integers too
         self._require("noise_seed", not (seeded and self.noise_mode == "secure"), "secure noise takes no seed: drop it")
 
     @property
@@ -108,6 +123,13 @@ class Config:
     def private_rows(self) -> float:
         """The number of private rows, as far as it is public."""
         return self.expected_batch_size / self.sample_rate
+
+    def _check_type(self, name: str, annotation: str) -> None:
+        kind, _, none = annotation.partition(" | ")
+        types = {"float": Real, "int": Integral, "str": str, "bool": bool}[kind]
+        value = getattr(self, name)
+        fits = isinstance(value, types) and (kind == "bool" or not isinstance(value, bool))
+        self._require(name, fits or (value is None and bool(none)), f"pass {_KINDS[kind]}{' or None' if none else ''}")
 
     def _require(self, name: str, holds: bool, remedy: str) -> None:
         if not holds:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,10 @@ from torch import Tensor
 
 from adamix.backbones import Backbone, find_backbone
 from adamix.errors import InputError
-from adamix.images import ImageSource, open_images
+from adamix.images import ImageSource, open_images, pixel_digest
 from adamix.storage import cache_root, read_npz, require, write_npz
 
-_CACHE_FORMAT = 1  # count up when the preprocessing changes, so that older files are not used
+_CACHE_FORMAT = 2  # count up when the preprocessing or the keys change, so that older files are not used
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Features:
     x: Tensor
     y: Tensor
     class_names: tuple[str, ...]
+    digests: tuple[str, ...]  # [N], `pixel_digest` of each image: x of a copy may differ in its lowest bits
     meta: dict[str, str | int] = field(default_factory=dict)
 
 
@@ -45,10 +48,11 @@ def extract_features(
 
     source: a folder with one subfolder per class, or "fashion-mnist:train" / "fashion-mnist:test".
     image_size: side of the network's input; None: the network's own (96 for the small images of Fashion-MNIST).
-    device: None takes CUDA where there is one. progress: a bar on stderr.
+    device: None takes CUDA where there is one. progress: a bar on stderr, if that is a terminal.
 
-    The result is kept under `cache_root(cache_dir)`, keyed by the contents of the images, network and size; features
-    of private images are then on disk as well. A damaged cache file is computed again, with a warning.
+    The result is always kept in features/ (mode 0700 when it is made here) of `cache_dir`, else $ADAMIX_CACHE, else
+    ~/.cache/adamix, keyed by the contents of the images, network and size: features and digests of private images are
+    then on disk as well, until you delete that folder. A damaged cache file is computed again, with a warning.
     Raises InputError for a bad argument, an unreadable image (named), or a missing package (with the pip command).
     """
     for name, value in (("batch_size", batch_size), ("image_size", image_size)):
@@ -60,9 +64,9 @@ def extract_features(
     crop = 1.0 if images.whole else network.crop
     key = repr((_CACHE_FORMAT, images.digest, network.name, network.identity, size, crop))
     path = cache_root(cache_dir) / "features" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
-    x = _read_cache(path, len(images.y))
-    if x is None:
-        x = _run(
+    found = _read_cache(path, len(images.y))
+    if found is None:
+        found = _run(
             images,
             network,
             size=size,
@@ -71,19 +75,21 @@ def extract_features(
             device=_device(device),
             progress=progress,
         )
-        write_npz(path, {"X": x.numpy()})
+        write_npz(path, {"X": found[0].numpy(), "digests": np.array(found[1])})
+    x, digests = found
     meta: dict[str, str | int] = {"source": images.name, "backbone": backbone, "image_size": size}
-    return Features(x, torch.from_numpy(images.y), images.class_names, meta)
+    return Features(x, torch.from_numpy(images.y), images.class_names, digests, meta)
 
 
 def save_features(features: Features, path: str | Path) -> None:
-    """Write X float32 [N, d], y int64 [N], class_names (unicode) and meta (JSON) to an npz file, atomically."""
+    """Write X float32 [N, d], y int64 [N], class_names, digests (unicode), meta (JSON) to an npz file, atomically."""
     write_npz(
         path,
         {
             "X": features.x.cpu().numpy(),
             "y": features.y.cpu().numpy(),
             "class_names": np.array(features.class_names, dtype=np.str_),
+            "digests": np.array(features.digests, dtype=np.str_),
             "meta": np.array(json.dumps(features.meta)),
         },
     )
@@ -98,18 +104,21 @@ def features_to_npz(source: str | Path, out: str | Path, **options: Any) -> Feat
     return features
 
 
-def _read_cache(path: Path, rows: int) -> Tensor | None:
-    """The cached features, float32 [rows, d], or None."""
+def _read_cache(path: Path, rows: int) -> tuple[Tensor, tuple[str, ...]] | None:
+    """The cached features, float32 [rows, d], and digests, [rows], or None."""
     if not path.is_file():
         return None
     try:
-        x = read_npz(path, "cache", ("X",)).get("X")
-    except InputError:
-        x = None
-    if x is None or x.dtype != np.float32 or x.ndim != 2 or len(x) != rows or not np.isfinite(x).all():
+        arrays = read_npz(path, "cache", ("X", "digests"))
+        x, digests = arrays["X"], arrays["digests"]
+        sound = x.dtype == np.float32 and x.ndim == 2 and len(x) == rows and bool(np.isfinite(x).all())
+        sound = sound and digests.dtype.kind == "U" and digests.shape == (rows,)
+    except (InputError, KeyError):
+        sound = False
+    if not sound:
         warnings.warn(f"cached features {path} are damaged and will be computed again", stacklevel=3)
         return None
-    return torch.from_numpy(x)
+    return torch.from_numpy(x), tuple(digests.tolist())
 
 
 def _device(device: str | torch.device | None) -> torch.device:
@@ -130,23 +139,33 @@ def _run(
     batch_size: int,
     device: torch.device,
     progress: bool,
-) -> Tensor:
-    """Features of all images, float32 [N, d] on the CPU."""
-    rich_progress = require("rich.progress", "rich", "the progress bar")
-    console = require("rich.console", "rich", "the progress bar").Console(stderr=True)
+) -> tuple[Tensor, tuple[str, ...]]:
+    """Features, float32 [N, d] on the CPU, and digests, [N], of all images."""
     model = network.load(size, device)
     mean = torch.tensor(network.mean, device=device).view(3, 1, 1)
     std = torch.tensor(network.std, device=device).view(3, 1, 1)
-    parts = []
+    parts, digests = [], []
     starts = range(0, len(images.y), batch_size)
-    bar = rich_progress.track(starts, f"features of {images.name}", console=console, disable=not progress)
-    with torch.inference_mode():
+    with torch.inference_mode(), _bar(starts, f"features of {images.name}", progress) as bar:
         for start in bar:
-            rows = range(start, min(start + batch_size, len(images.y)))
-            pixels = np.stack([_pixels(images.read(row), size, crop, network.interpolation) for row in rows])
+            pictures = [images.read(row) for row in range(start, min(start + batch_size, len(images.y)))]
+            digests += [pixel_digest(picture) for picture in pictures]
+            pixels = np.stack([_pixels(picture, size, crop, network.interpolation) for picture in pictures])
             batch = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float() / 255  # [B, 3, size, size]
             parts.append(model((batch - mean) / std).float().cpu())
-    return torch.cat(parts)  # outside inference mode: an ordinary tensor, which autograd takes
+    return torch.cat(parts), tuple(digests)  # outside inference mode: an ordinary tensor, which autograd takes
+
+
+@contextmanager
+def _bar(steps: Iterable[int], text: str, progress: bool) -> Iterator[Iterable[int]]:
+    """`steps`, with a bar on a terminal's stderr that is gone when the block ends, be it by an error."""
+    console = require("rich.console", "rich", "the progress bar").Console(stderr=True)
+    if not (progress and console.is_interactive and console.file.isatty()):  # FORCE_COLOR makes a pipe "interactive"
+        yield steps
+        return
+    escape = require("rich.markup", "rich", "the progress bar").escape
+    with require("rich.progress", "rich", "the progress bar").Progress(console=console, transient=True) as bar:
+        yield bar.track(steps, description=escape(text))
 
 
 def _pixels(image: Any, size: int, crop: float, interpolation: str) -> Any:

@@ -45,4 +45,6 @@ class Whiten(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., d]` to `[..., d]`, of unit norm."""
-        return normalize(normalize(x - self.mean, dim=-1) @ self.matrix, dim=-1)
+        x = x - self.mean
+        x = x / x.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)  # squares stay in range
+        return normalize(normalize(x, dim=-1) @ self.matrix, dim=-1)

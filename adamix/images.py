@@ -50,6 +50,11 @@ def open_images(source: str | Path, cache_dir: str | Path | None = None) -> Imag
     return _folder(Path(source))
 
 
+def pixel_digest(image: Any) -> str:
+    """Hex digest of the size and pixels of an RGB image; a renamed or losslessly re-encoded copy has the same."""
+    return hashlib.blake2b(b"%dx%d:" % image.size + image.tobytes(), digest_size=16).hexdigest()
+
+
 def _folder(root: Path) -> ImageSource:
     if not root.is_dir():
         raise InputError(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from adamix.errors import InputError
 from adamix.rows import Rows
+from adamix.storage import one_line
 from adamix_kernels import softmax_head_clip_sum_noise
 
 #: Elements of per-sample gradients held at a time.
@@ -20,15 +23,24 @@ _CHUNK_ELEMENTS = 1 << 24
 class Trainable:
     """A classifier seen as a vector of its trainable parameters `[P]`; gradients come from `torch.func`.
 
+    Gradients are taken in eval mode, on a copy of the module that is then dropped. Dropout masks would come from
+    torch's generator, and counters or running statistics would stay in the module: either would tell how many private
+    rows were seen, past the mechanism.
+
     Args:
         module: any module that treats the samples of a batch independently and returns logits `[N, classes]`.
 
     Raises:
-        InputError: nothing is trainable, or a module mixes samples.
+        InputError: it is no module, nothing is trainable, or a module mixes samples.
     """
 
     def __init__(self, module: nn.Module) -> None:
+        if not isinstance(module, nn.Module):
+            raise InputError(f"model: is {type(module).__name__}; pass an nn.Module, or None for a softmax head")
         self.module = module
+        lazy = [name for name, p in module.named_parameters() if isinstance(p, nn.UninitializedParameter)]
+        if lazy:
+            raise InputError(f"model: parameter {lazy[0]} has no shape yet; run the model once on a batch")
         named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         if not named:
             raise InputError("model: it has no trainable parameter; set requires_grad on those to train")
@@ -46,6 +58,38 @@ class Trainable:
     def size(self) -> int:
         return sum(p.numel() for p in self._parameters)
 
+    def check(self, public: Rows, classes: int) -> None:
+        """Try the module on public rows before anything is trained.
+
+        Raises:
+            InputError: its output is not `[N, classes]` finite logits, depends on the other rows of a batch, or has no
+                per-sample gradients.
+        """
+        few = Rows(public.x[:3], public.y[:3])
+        try:
+            with torch.no_grad():
+                together, alone = self._copy()(few.x), self._copy()(few.x[:1])
+        except Exception as error:  # whatever a forward pass raises, the input and the model do not go together
+            shape = list(few.x.shape)
+            raise InputError(
+                f"model: it fails on rows of shape {shape}, {few.x.dtype} ({one_line(error)}); pass rows that it takes"
+            ) from error
+        if not isinstance(together, Tensor) or together.dim() != 2 or together.shape[1] < classes:
+            found = list(together.shape) if isinstance(together, Tensor) else type(together).__name__
+            raise InputError(
+                f"model: its output for {len(few.y)} rows is {found}; return logits [N, {classes}], one per class"
+            )
+        if together.dtype != torch.float32 or not together.isfinite().all():
+            raise InputError(
+                f"model: its logits are {together.dtype} or not finite; pass a float32 model in good health"
+            )
+        if not torch.allclose(together[:1], alone, rtol=1e-3, atol=1e-4):
+            raise InputError(
+                "model: its output for a row changes with the other rows of the batch, so no per-sample gradient "
+                "exists; keep the samples apart"
+            )
+        next(self.grad_sample(few))
+
     def weights(self) -> Tensor:
         """A copy, `[P]` float32."""
         return torch.cat([p.detach().flatten() for p in self._parameters]).float()
@@ -59,12 +103,14 @@ class Trainable:
 
     def loss(self, rows: Rows) -> Tensor:
         """Mean cross-entropy, differentiable."""
-        return cross_entropy(self.module(rows.x), rows.y)
+        with eval_mode(self.module):
+            return cross_entropy(self.module(rows.x), rows.y)
 
     def grad_sample(self, rows: Rows) -> Iterator[Tensor]:
         """Per-sample gradients in chunks `[b, P]`, together `[N, P]`."""
+        module = self._copy()
         for part in self._chunks(rows):
-            yield self._chunk_grad_sample(part)
+            yield self._chunk_grad_sample(module, part)
 
     def grad_sum(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         """For public rows: the exact gradient sum `[P]`, squared norms `[layers, N]` and summed loss, in one pass."""
@@ -77,19 +123,22 @@ class Trainable:
             return total.float(), torch.cat(norms, 1).float(), self.loss(rows) * len(rows.y)
 
     def logit_gradients(self, rows: Rows) -> Tensor:
-        """For public rows: the gradient `[N, P]` of a fixed random combination, of unit norm, of each row's logits.
+        """For public rows: the gradient `[N, P]` of the logits' combination with alternating signs and unit norm.
 
-        Its squared norm tells how far noise in the weights moves a logit, its Gram matrix how curved the loss can be.
+        Its squared norm tells how far noise in the weights moves a logit, its Gram matrix how curved the loss is:
+        exactly for a softmax head, as an estimate otherwise.
         """
-        with torch.no_grad():
-            width = self.module(rows.x[:1]).shape[1]
-        signs = torch.ones(width, device=rows.x.device)
-        signs[1::2] = -1
 
         def combined(logits: Tensor, _: Tensor) -> Tensor:
-            return (logits * signs).sum() / width**0.5
+            return (logits[:, ::2].sum() - logits[:, 1::2].sum()) / logits.shape[1] ** 0.5
 
-        return torch.cat([self._vmap_grad(combined, part) for part in self._chunks(rows)])
+        module = self._copy()
+        return torch.cat([self._vmap_grad(module, combined, part) for part in self._chunks(rows)])
+
+    def _copy(self) -> nn.Module:
+        """A copy in eval mode that shares the parameters, for passes that must leave no trace."""
+        shared = {id(p): p for p in self.module.parameters()}
+        return copy.deepcopy(self.module, shared).eval()
 
     def _chunks(self, rows: Rows) -> Iterator[Rows]:
         size = max(1, _CHUNK_ELEMENTS // self.size)
@@ -97,25 +146,25 @@ class Trainable:
             if len(x):
                 yield Rows(x, y)
 
-    def _chunk_grad_sample(self, rows: Rows) -> Tensor:
-        return self._vmap_grad(cross_entropy, rows)
+    def _chunk_grad_sample(self, module: nn.Module, rows: Rows) -> Tensor:
+        return self._vmap_grad(module, cross_entropy, rows)
 
-    def _vmap_grad(self, criterion: Callable[[Tensor, Tensor], Tensor], rows: Rows) -> Tensor:
+    def _vmap_grad(self, module: nn.Module, criterion: Callable[[Tensor, Tensor], Tensor], rows: Rows) -> Tensor:
         trainable = {name: p.detach() for name, p in zip(self._names, self._parameters, strict=True)}
-        fixed = {name: p.detach() for name, p in self.module.named_parameters() if name not in trainable}
-        buffers = dict(self.module.named_buffers())
+        fixed = {name: p.detach() for name, p in module.named_parameters() if name not in trainable}
+        buffers = dict(module.named_buffers())
 
         def loss(weights: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-            logits = torch.func.functional_call(self.module, (weights, fixed, buffers), (x[None],))
+            logits = torch.func.functional_call(module, (weights, fixed, buffers), (x[None],))
             return criterion(logits, y[None])
 
         try:
-            grads = torch.func.vmap(torch.func.grad(loss), (None, 0, 0), randomness="different")(
-                trainable, rows.x, rows.y
-            )
+            grads = torch.func.vmap(torch.func.grad(loss), (None, 0, 0), randomness="error")(trainable, rows.x, rows.y)
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"model: per-sample gradients of it failed ({reason}); see torch.func.vmap") from error
+            raise InputError(
+                f"model: per-sample gradients of it failed ({one_line(error)}); use modules that torch.func.vmap "
+                "takes, without randomness in eval mode"
+            ) from error
         return torch.cat([grads[name].flatten(1) for name in self._names], dim=1)
 
 
@@ -144,9 +193,9 @@ class SoftmaxHead(Trainable):
         """The features themselves, with a 1 for the bias: norms and Gram matrix are those of the gradients."""
         return rows.x if self.head.bias is None else torch.cat([rows.x, torch.ones_like(rows.x[:, :1])], dim=1)
 
-    def _chunk_grad_sample(self, rows: Rows) -> Tensor:
+    def _chunk_grad_sample(self, module: nn.Module, rows: Rows) -> Tensor:
         with torch.no_grad():
-            residual = self.head(rows.x).softmax(1)
+            residual = module(rows.x).softmax(1)
             residual[torch.arange(len(rows.y)), rows.y] -= 1
             weight = (residual[:, :, None] * rows.x[:, None, :]).flatten(1)
             return weight if self.head.bias is None else torch.cat([weight, residual], dim=1)
@@ -157,15 +206,22 @@ def trainable(module: nn.Module) -> Trainable:
     return SoftmaxHead(module) if type(module) is nn.Linear else Trainable(module)
 
 
-def error_rate(module: nn.Module, rows: Rows) -> float:
-    """Wrong predictions in percent; dropout is off meanwhile."""
-    training = module.training
+@contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block; afterwards each submodule is as it was."""
+    training = {child: child.training for child in module.modules()}
     module.eval()
     try:
-        with torch.no_grad():
-            wrong = [int((module(x).argmax(1) != y).sum()) for x, y in zip(*(t.split(4096) for t in rows), strict=True)]
+        yield
     finally:
-        module.train(training)
+        for child, mode in training.items():
+            child.training = mode
+
+
+def error_rate(module: nn.Module, rows: Rows) -> float:
+    """Wrong predictions in percent; dropout is off meanwhile."""
+    with torch.no_grad(), eval_mode(module):
+        wrong = [int((module(x).argmax(1) != y).sum()) for x, y in zip(*(t.split(4096) for t in rows), strict=True)]
     return 100 * sum(wrong) / len(rows.y)
 
 

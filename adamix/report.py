@@ -13,15 +13,31 @@ from typing import Any
 from safetensors.torch import save_file
 
 from adamix.errors import InputError
+from adamix.storage import one_line
 from adamix.trainer import Result
 
 
 def check_out(out: str | Path) -> Path:
-    """The run folder, which must not hold anything yet."""
+    """The run folder, which must not hold anything yet and can be made; found out before anything is trained."""
     path = Path(out)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise InputError(f"out: {path} exists already; name a new folder, nothing is overwritten")
+    try:
+        if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
+            raise InputError(f"out: {path} exists already; name a new folder, nothing is overwritten")
+        missing = [parent for parent in path.parents if not parent.exists()]
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent)).rmdir()
+        finally:
+            for parent in missing:
+                if parent.exists():
+                    parent.rmdir()
+    except (OSError, ValueError) as error:
+        raise _cannot_write(path, error) from error
     return path
+
+
+def _cannot_write(path: Path, error: Exception) -> InputError:
+    return InputError(f"out: {str(path)!r} cannot be written ({one_line(error)}); name a folder that can")
 
 
 def write_run(out: str | Path, result: Result, summary: dict[str, Any]) -> None:
@@ -31,35 +47,46 @@ def write_run(out: str | Path, result: Result, summary: dict[str, Any]) -> None:
     Everything is written beside it first and moved at the end, so that `out` is never half a run.
     """
     path = check_out(out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    staging = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         _write_json(staging / "config.json", dataclasses.asdict(result.config))
         _write_json(staging / "summary.json", summary)
         with (staging / "metrics.jsonl").open("w") as file:
             for record in step_records(result):
-                file.write(json.dumps(record) + "\n")
+                file.write(to_json(record) + "\n")
         save_file({k: v.contiguous() for k, v in result.model.state_dict().items()}, staging / "weights.safetensors")
         save_file({k: v.contiguous() for k, v in result.public_state.items()}, staging / "public_weights.safetensors")
         plot_run(result, staging / "run.png")
         staging.chmod(0o755)
         staging.replace(path)  # an empty folder may stand there
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    finally:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)  # moved away by now, unless something failed
 
 
 def step_records(result: Result) -> list[dict[str, Any]]:
     """Per step, what costs no privacy: threshold(s), public loss, clipped share of public rows, epsilon so far."""
     return [
-        {**dataclasses.asdict(step), "epsilon": finite(epsilon)}
+        {**dataclasses.asdict(step), "epsilon": epsilon}
         for step, epsilon in zip(result.steps, result.epsilons, strict=True)
     ]
 
 
-def finite(epsilon: float) -> float | str:
-    """JSON has no infinity: the text "inf" stands for it."""
-    return epsilon if math.isfinite(epsilon) else "inf"
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON text; it has no infinities and NaN, so the texts "inf", "-inf" and "nan" stand for them."""
+
+    def finite(item: Any) -> Any:
+        if isinstance(item, dict):
+            return {key: finite(inner) for key, inner in item.items()}
+        if isinstance(item, list | tuple):
+            return [finite(inner) for inner in item]
+        return str(item) if isinstance(item, float) and not math.isfinite(item) else item
+
+    return json.dumps(finite(value), indent=indent, allow_nan=False)
 
 
 def plot_run(result: Result, path: Path) -> None:
@@ -87,5 +114,4 @@ def plot_run(result: Result, path: Path) -> None:
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    value = {k: finite(v) if isinstance(v, float) else v for k, v in value.items()}
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    path.write_text(to_json(value, indent=2) + "\n")

@@ -51,10 +51,11 @@ def make_schedule(model: Trainable, public: Rows, start: Tensor, config: Config,
 
     After T steps the noise in every weight has standard deviation lr sigma sqrt(T) / (n + w n_pub), which moves a logit
     by J times as much, J being the norm of the logit's gradient on public rows: lr makes that `logit_noise`. Eta times
-    a bound on the curvature of the public loss, half the largest eigenvalue of the mean outer product of those
-    gradients, stays within _STABLE. Where this limit binds, a small threshold would waste signal without sparing
-    noise, so tau is raised to lr / limit: the noise is then the same, and less is clipped. It is never raised above
-    the quantile at the weights the model came with, the scale of gradients that nothing has fitted yet.
+    the curvature of the public loss stays within _STABLE; the curvature is half the largest eigenvalue of the mean
+    outer product of those gradients, which bounds it for a softmax head and estimates it otherwise. Where this limit
+    binds, a small threshold would waste signal without sparing noise, so tau is raised to lr / limit: the noise is
+    then the same, and less is clipped. It is never raised above the quantile at the weights the model came with, the
+    scale of gradients that nothing has fitted yet.
 
     Args:
         start: those weights `[P]`.

@@ -17,7 +17,7 @@ from adamix.models import error_rate, trainable
 from adamix.privacy import calibrate, spent_by_step, warn_if_weak
 from adamix.private_phase import Step, private_phase
 from adamix.public_phase import fit_public
-from adamix.rows import Rows, check_classes_present, check_disjoint, check_rows
+from adamix.rows import Rows, check_classes_present, check_disjoint, check_rows, check_same_shape
 from adamix_kernels import Noise
 
 #: Rows as callers give them: a pair of tensors or arrays, features `[N, ...]` and class numbers `[N]`.
@@ -49,8 +49,9 @@ class AdaMix:
 
     Args:
         model: None for a softmax head, without bias, sized by the data; or any `nn.Module` that gives logits and keeps
-            samples apart, trained in place. An `nn.Linear` is a softmax head and takes the fast path; its weights,
-            zeros or a zero-shot classifier for instance, are the start of phase 1.
+            samples apart, trained in place and in eval mode (dropout is off, see `Trainable`). An `nn.Linear` is a
+            softmax head and takes the fast path; its weights, zeros or a zero-shot classifier for instance, are the
+            start of phase 1.
         settings: the fields of `Config`; `epsilon` and `expected_batch_size` have no default.
 
     Raises:
@@ -88,30 +89,30 @@ class AdaMix:
 
         Args:
             public: rows whose use costs nothing; every class has some.
-            private: rows protected by (epsilon, delta); none of them may be among the public ones.
-            test: rows to report errors on; used for nothing else.
+            private: rows protected by (epsilon, delta); none of them may be among the public or the test ones.
+            test: rows to report errors on; used for nothing else, and not protected.
             on_step: called after each private step with what may be published about it.
 
         Raises:
             InputError: rows of wrong shape or type, NaN or Inf, labels outside the public classes, a class without
-                public rows, or rows that are both public and private.
+                public rows, private rows among the others; a model that `Trainable` refuses. Nothing is trained then.
         """
         config = self.config
-        public = check_rows("public", public)
+        # Token numbers stay whole for a model that asks for them; feature vectors are float32.
+        kept = {"keep_integers": config.geometry is None and not isinstance(self.model, nn.Linear | None)}
+        public = check_rows("public", public, **kept)
         classes = self._classes(public)
-        public, private = (
-            check_rows("public", public, classes),
-            check_rows("private", private, classes, allow_empty=True),
-        )
-        test = None if test is None else check_rows("test", test, classes)
-        for name, rows in (("private", private), ("test", test)):
-            if rows is not None and rows.x.shape[1:] != public.x.shape[1:]:
-                raise InputError(
-                    f"{name}: rows have shape {list(rows.x.shape[1:])} but public rows have {list(public.x.shape[1:])}"
-                    "; pass the same features for both"
-                )
+        public = check_rows("public", public, classes, **kept)
+        private = check_rows("private", private, classes, allow_empty=True, **kept)
+        test = None if test is None else check_rows("test", test, classes, **kept)
+        check_same_shape("private", private, public)
+        if test is not None:
+            check_same_shape("test", test, public)
         check_classes_present(public.y, classes)
         check_disjoint(public.x, private.x)
+        if test is not None:
+            check_disjoint(private.x, test.x, ("private", "test"))
+        noise = Noise(config.noise_seed, config.noise_mode)
         noise_multiplier = calibrate(
             config.epsilon, delta=config.delta, steps=config.steps, sample_rate=config.sample_rate
         )
@@ -123,6 +124,7 @@ class AdaMix:
         inside_public, inside_private = _within(geometry, public), _within(geometry, private)
 
         view = trainable(head)
+        view.check(inside_public, classes)
         start = view.weights()
         fit_public(view, inside_public, l2=config.public_l2, steps=config.public_steps)
         anchor = view.weights()
@@ -131,7 +133,7 @@ class AdaMix:
 
         if not config.warm_start:
             view.set_weights(start)
-        mechanism = Mechanism(noise_multiplier, Noise(config.noise_seed, config.noise_mode))
+        mechanism = Mechanism(noise_multiplier, noise)
         steps: list[Step] = []
         for step in private_phase(view, inside_public, inside_private, config, mechanism, start=start, anchor=anchor):
             steps.append(step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from adamix import baselines
 from adamix.config import Config
 from adamix.data import Split, load_split
+from adamix.models import Trainable
 from adamix.rows import Rows
 from adamix.trainer import AdaMix
 
@@ -47,6 +49,40 @@ def test_a_search_never_sees_the_test_rows(split: Split, monkeypatch: pytest.Mon
     assert chosen[0] == chosen[1] is not None
 
 
+def with_wrong(rows: Rows) -> Rows:
+    return Rows(rows.x, (rows.y + 1) % 10)
+
+
+def test_the_figures_are_those_of_the_test_rows(split: Split) -> None:
+    method = baselines.Method("plain", {"steps": 2, "noise_seed": 0})
+
+    def errors(**changes: Rows) -> list[float]:
+        splits = [replace(split, **changes)]
+        return [row.mean for row in baselines.compare(splits, epsilon=3.0, delta=1e-5, methods=[method])]
+
+    plain = errors()
+    assert errors(validation=with_wrong(split.validation))[:3] == plain[:3]
+    assert all(spoilt > 80 for spoilt in errors(test=with_wrong(split.test)))
+
+
+def test_the_paragon_learns_from_all_rows_and_is_chosen_by_validation(
+    split: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    def fit_nothing(model: Trainable, rows: Rows, *, l2: float, steps: int) -> None:
+        """The smallest L2 predicts class 0 always, the others class 1."""
+        sizes.append(len(rows.y))
+        with torch.no_grad():
+            model.module.bias[0 if l2 == 1e-5 else 1] = 1.0  # type: ignore[index]
+
+    monkeypatch.setattr(baselines, "fit_public", fit_nothing)
+    ones, zeros = torch.ones_like(split.validation.y), torch.zeros_like(split.test.y)
+    mixed = replace(split, validation=Rows(split.validation.x, ones), test=Rows(split.test.x, zeros))
+    assert baselines.paragon_error(mixed) == 100, "the test rows would have chosen the other one"
+    assert set(sizes) == {len(split.public.y) + len(split.private.y)}
+
+
 def test_the_counter_of_runs_is_right(split: Split) -> None:
     calls: list[None] = []
     methods = [baselines.METHODS[0], baselines.Method("tuned", {}, {"steps": (1, 2)})]
@@ -73,5 +109,6 @@ def test_public_only_is_phase_one(split: Split) -> None:
 
 def test_error_increase() -> None:
     assert baselines.error_increase(15.0, 10.0) == pytest.approx(50.0)
+    assert baselines.error_increase(15.0, 0.0) is None
     assert baselines.Row("x", [1.0, 3.0]).mean == 2 and baselines.Row("x", [1.0]).spread == 0
     assert baselines.Row("x", [1.0, 3.0]).spread == pytest.approx(torch.tensor([1.0, 3.0]).std())

@@ -15,7 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from adamix import AdaMix, cli, cli_baselines
 from adamix.__main__ import main
+from adamix.report import to_json
 
 
 def last_json(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -108,6 +110,9 @@ def test_the_seed_draws_rows_and_not_noise(capsys: pytest.CaptureFixture[str]) -
         ({"sample-rate": 1.5}, "sample_rate: 1.5 is not valid here"),
         ({"private": "nowhere.npz"}, "nowhere.npz"),
         ({"device": "abacus"}, "device: 'abacus' cannot be used"),
+        ({"epsilon": "1e300"}, "epsilon: 1e+300 is not valid here; pass a number in (0, 1000], or inf"),
+        ({"public-l2": "1e300"}, "public_l2: 1e+300 is not valid here"),
+        ({"quantile": "none", "max-grad-norm": "1e-300"}, "max_grad_norm: 1e-300 is not valid here"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_two(
@@ -176,7 +181,7 @@ def test_the_expected_batch_size_of_own_rows_must_be_given(
 ) -> None:
     flags = [part for name, value in files.items() for part in (f"--{name}", value)]
     assert main(["train", *flags]) == 2
-    assert "expected-batch-size: missing" in capsys.readouterr().err
+    assert "expected_batch_size: missing" in capsys.readouterr().err
 
 
 def test_an_existing_run_is_not_overwritten(
@@ -190,16 +195,60 @@ def test_an_existing_run_is_not_overwritten(
     assert (out / "summary.json").read_text() == before
 
 
-def test_a_failing_write_leaves_nothing(files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_write_leaves_nothing(
+    files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from adamix import report
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(report, "plot_run", full)
-    with pytest.raises(OSError, match="No space left"):
-        main(options(files, out=tmp_path / "run"))
+    assert main(options(files, out=tmp_path / "run")) == 2
+    captured = capsys.readouterr()
+    assert "No space left" in captured.err and "AdaMix" in captured.err, "the result is shown all the same"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["private.npz", "public.npz", "test.npz"]
+
+
+@pytest.mark.parametrize("where", ["file/sub", "file", "dangling", "n" * 300, "a\0b"])
+def test_an_out_that_cannot_be_made_is_found_before_training(
+    files: dict[str, str],
+    where: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    monkeypatch.setattr(AdaMix, "fit", lambda *_, **__: pytest.fail("trained"))
+    before = sorted(tmp_path.iterdir())
+    assert main([*options(files), "--out", str(tmp_path / where)]) == 2
+    error = capsys.readouterr().err
+    assert "out: " in error and len(error.strip().splitlines()) == 1
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_out_may_be_deep_or_an_empty_folder(files: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for where in ("a/b/c", "empty"):
+        assert main([*options(files), "--out", str(tmp_path / where)]) == 0
+        assert (tmp_path / where / "summary.json").exists()
+
+
+def test_settings_are_judged_before_the_data_are_read(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module in (cli, cli_baselines):
+        monkeypatch.setattr(module, "load_split", lambda *_, **__: pytest.fail("loaded"))
+    assert main(["train", "--delta", "7"]) == 2
+    assert main(["train", "--device", "abacus"]) == 2
+    assert main(["baselines", "--epsilon", "0"]) == 2
+    assert "epsilon: 0.0" in capsys.readouterr().err
+
+
+def test_json_has_no_infinities() -> None:
+    text = to_json({"a": [math.inf, (math.nan, 1.0)], "b": {"c": -math.inf}})
+    assert json.loads(text, parse_constant=pytest.fail) == {"a": ["inf", ["nan", 1.0]], "b": {"c": "-inf"}}
 
 
 def test_ablations_are_one_flag_each(files: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -243,7 +292,7 @@ def test_baselines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = {row["method"]: row for row in setting["rows"]}
     for name in ("public only", "fully private DP-GD", "conventional mixed DP-GD, tuned", "AdaMix", "- cold start"):
         assert 0 <= rows[name]["test_error"] <= 100
-    assert rows["conventional mixed DP-GD, tuned"]["chosen"].keys() >= {"learning_rate", "steps", "max_grad_norm"}
+    assert rows["conventional mixed DP-GD, tuned"]["chosen"].keys() >= {"learning_rate", "max_grad_norm"}
     assert rows["AdaMix"]["chosen"] is None
     paragon = rows["non-private on all data (paragon)"]
     assert paragon["error_increase"] == 0 and paragon["test_error"] < rows["public only"]["test_error"]

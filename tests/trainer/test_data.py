@@ -28,7 +28,7 @@ def split_arrays(**changes):
     return {key: value for key, value in (arrays | changes).items() if value is not None}
 
 
-def digests(x):
+def digests_of(x):
     return {row.numpy().tobytes() for row in x}
 
 
@@ -91,7 +91,7 @@ def test_npz_with_declared_shots(npz, test_keys):
     assert_user_split(split, "flowers")
     assert torch.bincount(split.public.y).tolist() == [2, 2, 2]
     assert len(split.private.x) == 34
-    assert digests(split.public.x) | digests(split.private.x) == digests(torch.from_numpy(x))
+    assert digests_of(split.public.x) | digests_of(split.private.x) == digests_of(torch.from_numpy(x))
     assert torch.equal(load_split(path, shots=2).public.x, split.public.x)
     assert not torch.equal(load_split(path, shots=2, seed=1).public.x, split.public.x)
     with pytest.raises(InputError, match=r"shots: not given, .*some rows must be declared public"):
@@ -103,9 +103,9 @@ def test_npz_with_declared_shots(npz, test_keys):
 def test_declared_public_rows_do_not_depend_on_private_rows(npz):
     (x, y), (x_test, y_test) = rows(40, classes=3), rows(seed=1)
     split = load_split(npz(X=x, y=y, X_test=x_test, y_test=y_test), shots=2)
-    gone = next(i for i in range(40) if x[i].tobytes() in digests(split.private.x))
+    gone = next(i for i in range(40) if x[i].tobytes() in digests_of(split.private.x))
     smaller = npz(X=np.delete(x, gone, 0), y=np.delete(y, gone), X_test=x_test, y_test=y_test)
-    assert digests(load_split(smaller, shots=2).public.x) == digests(split.public.x)
+    assert digests_of(load_split(smaller, shots=2).public.x) == digests_of(split.public.x)
 
 
 @pytest.mark.parametrize(
@@ -118,6 +118,9 @@ def test_declared_public_rows_do_not_depend_on_private_rows(npz):
         ({"y_public": np.arange(6) % 2 * 2}, "public: 1 of 3 classes have no row: 1;"),
         ({"X_private": rows(d=4)[0]}, r"private: rows have shape \[4\] but public rows have \[3\]"),
         ({"X_private": rows(seed=0)[0]}, "private: 6 of 6 rows are also public rows"),
+        ({"X_test": rows(seed=1)[0][::-1]}, r"test: 6 of 6 rows are also private rows \(test 0 = private 5, "),
+        ({"digests_test": np.arange(6)}, r"digests_test is int64 \[6\]; store one string per row of X_test, or leave"),
+        ({"digests_public": np.array(["a"])}, r"flowers.npz: digests_public is <U1 \[1\]; store one string per row"),
         ({"X_test": rows()[0][0]}, r"test: x has shape \[3\]"),
         ({"X_test": rows()[0].astype(str)}, "test: x has dtype"),
         ({"y_private": np.array([0, 1, "a", 2, 3, 4], object)}, "flowers.npz: key 'y_private' cannot be read as npz"),
@@ -128,6 +131,42 @@ def test_declared_public_rows_do_not_depend_on_private_rows(npz):
 def test_npz_refuses(npz, changes, message):
     with pytest.raises(InputError, match=message):
         load_split(npz(**split_arrays(**changes)))
+
+
+def test_digests_tell_equal_rows(npz):
+    """As `adamix features` writes them; x of equal images may differ."""
+    public, private = np.array(list("abcdef")), np.array(list("ghijkl"))
+    load_split(npz(**split_arrays(digests_public=public, digests_private=private, digests_test=public)))
+    load_split(npz(**split_arrays(digests_public=public, digests_test=public)))
+    private[[1, 4]] = "c", "a"
+    with pytest.raises(
+        InputError, match=r"^private: 2 of 6 rows are also public rows \(private 1 = public 2, private 4"
+    ):
+        load_split(npz(**split_arrays(digests_public=public, digests_private=private)))
+    with pytest.raises(InputError, match=r"^test: 6 of 6 rows are also private rows \(test 0 = private 0, "):
+        load_split(npz(**split_arrays(digests_private=private, digests_test=private)))
+
+    (x, y), (x_test, y_test) = rows(40), rows(seed=1)
+    pool = {"X": x, "y": y, "X_test": x_test, "y_test": y_test}
+    digests = np.arange(40).astype(str)
+    split = load_split(npz(**pool, digests=digests), shots=1)
+    declared, kept = (
+        next(i for i in range(40) if x[i].tobytes() in digests_of(part.x)) for part in (split.public, split.private)
+    )
+    digests[kept] = digests[declared]
+    with pytest.raises(InputError, match=r"^private: 1 of 38 rows are also public rows"):
+        load_split(npz(**pool, digests=digests), shots=1)
+    with pytest.raises(
+        InputError, match=r"flowers.npz: digests is <U21 \[39\]; store one string per row of X, or leave"
+    ):
+        load_split(npz(**pool, digests=digests[1:]), shots=1)
+
+
+def test_overlap_is_found_among_all_public_rows(npz):
+    """Also in those that `shots` leaves out: the rows of a message are those of the file."""
+    x, y = rows(40)
+    with pytest.raises(InputError, match=r"^private: 40 of 40 rows are also public rows \(private 0 = public 0, "):
+        load_split(npz(**split_arrays(X_public=x, y_public=y, X_private=x, y_private=y)), shots=1)
 
 
 def test_npz_corrupt(tmp_path, npz):

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from adamix import datasets
-from adamix.data import check_rows, load_split
+from adamix.data import load_split
 from adamix.errors import InputError
+from adamix.rows import check_rows
 from adamix.storage import read_npz
 
 LETTER_FILE = Path("/usr/lib/R/site-library/mlbench/data/LetterRecognition.rda")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
+import io
+import re
+import shutil
 import struct
 import sys
 from types import SimpleNamespace
@@ -18,7 +21,7 @@ from adamix.backbones import Backbone, find_backbone
 from adamix.data import load_split
 from adamix.errors import InputError
 from adamix.features import extract_features, features_to_npz
-from adamix.storage import read_npz
+from adamix.storage import read_npz, write_npz
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -31,7 +34,8 @@ class Quadrants(nn.Module):
     def forward(self, x):
         if x.shape[-1] < 6:
             raise RuntimeError("too\nsmall")
-        return nn.functional.adaptive_avg_pool2d(x, 2).flatten(1)
+        # As in a real network, other batches give other lowest bits: copies are not to be told by their features.
+        return nn.functional.adaptive_avg_pool2d(x, 2).flatten(1) + 1e-7 * len(x)
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +76,7 @@ def folder(tmp_path):
     return root
 
 
-def test_folder(folder, loads, capsys):
+def test_folder(folder, loads):
     out = extract_features(folder, batch_size=2)
     assert (out.class_names, out.y.tolist()) == (("cat", "dog"), [0, 1, 1])  # sorted by class, then by file
     assert (out.x.dtype, out.x.shape, out.y.dtype) == (torch.float32, (3, 12), torch.int64)
@@ -80,12 +84,43 @@ def test_folder(folder, loads, capsys):
     torch.testing.assert_close(out.x.view(3, 3, 4)[:, :, 0], torch.tensor([[0.0, 1, 0], [0, 0, 1], [1, 0, 0]]))
     assert out.meta == {"source": str(folder), "backbone": "efficientnet-lite0", "image_size": 8}
     assert loads == [8]
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert "features of" in captured.err
     extract_features(folder, image_size=16, progress=False)
     assert loads == [8, 16]
-    assert capsys.readouterr().err == ""
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("progress", [True, False])
+@pytest.mark.parametrize("broken", [False, True])
+def test_progress_leaves_nothing_on_a_terminal(folder, loads, monkeypatch, progress, broken):
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    if broken:
+        (folder / "dog" / "broken.png").write_bytes(b"not a png")
+        with pytest.raises(InputError, match=r"broken\.png cannot be read") as caught:
+            extract_features(folder, progress=progress)
+        assert caught.tb is not None  # its frames live: the bar must not wait for them to be collected
+    else:
+        extract_features(folder, progress=progress)
+    drawn, _, after = sys.stderr.getvalue().rpartition("features of")
+    assert bool(drawn) == progress
+    if progress:
+        assert after.endswith("\x1b[1A\x1b[2K")  # one line up, erase it
+
+
+@pytest.mark.parametrize("force", ["", "1"])
+def test_progress_without_a_terminal(folder, loads, monkeypatch, capsys, force):
+    monkeypatch.setenv("FORCE_COLOR", force)
+    extract_features(folder)
+    (folder / "dog" / "broken.png").write_bytes(b"not a png")
+    with pytest.raises(InputError, match=r"broken\.png cannot be read"):
+        extract_features(folder)
+    assert capsys.readouterr() == ("", "")
 
 
 def test_images_are_cropped_to_the_centre(tmp_path, loads):
@@ -104,18 +139,25 @@ def test_cache(folder, tmp_path, loads):
     again = extract_features(folder, progress=False)
     assert loads == [8]
     assert torch.equal(first.x, again.x)
+    assert first.digests == again.digests
+    assert file.parent.stat().st_mode & 0o777 == 0o700
 
-    for damage in (b"damaged", file.read_bytes()[:-40], b""):
+    x = read_npz(file, "cache", ("X",))["X"]
+    for name, arrays in (("bare", {"X": x}), ("short", {"X": x, "digests": np.array(first.digests[1:])})):
+        write_npz(tmp_path / f"{name}.npz", arrays)
+    other_formats = [(tmp_path / f"{name}.npz").read_bytes() for name in ("bare", "short")]
+    for damage in (b"damaged", file.read_bytes()[:-40], b"", *other_formats):
         file.write_bytes(damage)
         with pytest.warns(UserWarning, match="cached features .* are damaged"):
             again = extract_features(folder, progress=False)
         assert torch.equal(first.x, again.x)
-    assert loads == [8] * 4
+        assert first.digests == again.digests
+    assert loads == [8] * 6
 
     colour(folder, "dog/b.png", (250, 0, 0))  # other content under the same name
     assert not torch.equal(extract_features(folder, progress=False).x, first.x)
     extract_features(folder, cache_dir=tmp_path / "elsewhere", progress=False)
-    assert loads == [8] * 6
+    assert loads == [8] * 8
     (tmp_path / "blocked").touch()
     with pytest.raises(InputError, match=r"cannot write .*blocked.*give a writable folder"):
         extract_features(folder, cache_dir=tmp_path / "blocked", progress=False)
@@ -143,10 +185,11 @@ def test_folder_refuses(folder, loads, tmp_path):
 
 def test_features_to_npz(folder, tmp_path, loads):
     out = features_to_npz(folder, tmp_path / "pets.npz", progress=False)
-    arrays = read_npz(tmp_path / "pets.npz", "pets", ("X", "y", "class_names", "meta"))
+    arrays = read_npz(tmp_path / "pets.npz", "pets", ("X", "y", "class_names", "digests", "meta"))
     np.testing.assert_array_equal(arrays["X"], out.x.numpy())
     assert (arrays["y"].dtype, arrays["y"].tolist()) == (np.int64, [0, 1, 1])
     assert arrays["class_names"].tolist() == ["cat", "dog"]
+    assert (arrays["digests"].dtype.kind, tuple(arrays["digests"].tolist())) == ("U", out.digests)
     assert '"image_size": 8' in str(arrays["meta"])
     with pytest.raises(InputError, match=r"out: 'pets.bin' does not end in .npz"):
         features_to_npz(folder, "pets.bin")
@@ -184,6 +227,69 @@ def test_split_from_folders(tmp_path, loads):
     colour(root, "private/owl/0.png", (1, 2, 3))
     with pytest.raises(InputError, match=r"private: class 'owl' is not among the public classes \(ant, cat, dog\)"):
         load_split(str(root), progress=False)
+
+
+@pytest.fixture
+def pets(tmp_path):
+    """public/, private/ and test/ with 2, 3 and 4 distinct images: batches of different sizes."""
+    for number, name in enumerate(("public", "private", "test")):
+        for image in range(number + 2):
+            colour(tmp_path / "sets", f"{name}/cat/{image}.png", (number, image, 0))
+    return tmp_path / "sets"
+
+
+@pytest.mark.parametrize(
+    ("copies", "message"),
+    [
+        ({"public/cat/1.png": "private/cat/9.bmp"}, "private: 1 of 4 rows are also public rows (private 3 = public 1)"),
+        ({"private/cat/1.png": "test/cat/9.bmp"}, "test: 1 of 5 rows are also private rows (test 4 = private 1)"),
+    ],
+)
+def test_copied_images_are_found(pets, loads, copies, message):
+    load_split(str(pets), progress=False)
+    for old, new in copies.items():
+        Image.open(pets / old).save(pets / new)  # other name, other bytes, same pixels
+    a, b = (
+        {x.numpy().tobytes() for x in extract_features(pets / name, progress=False).x} for name in ("public", "private")
+    )
+    assert not a & b  # the features would not tell
+    message = rf"^{re.escape(message)}; remove them from one of the two sets$"
+    with pytest.raises(InputError, match=message):
+        load_split(str(pets), progress=False)
+    made = len(loads)
+    with pytest.raises(InputError, match=message):  # the digests come from the cache with the features
+        load_split(str(pets), progress=False)
+    assert len(loads) == made
+
+    sets = {name: str(pets / name) for name in ("public", "private", "test")}
+    for name, path in list(sets.items()):  # one file and two folders, two files and one folder, three files
+        sets[name] = f"{path}.npz"
+        features_to_npz(path, sets[name], progress=False)
+        with pytest.raises(InputError, match=message):
+            load_split(**sets, progress=False)
+
+
+def test_digests_are_of_pixels_and_size(tmp_path, loads):
+    for name, size in (("a.png", (20, 14)), ("b.bmp", (20, 14)), ("c.png", (14, 20)), ("d.png", (10, 28))):
+        colour(tmp_path / "set", f"x/{name}", (1, 2, 3), size)
+    colour(tmp_path / "set", "x/e.png", (1, 2, 4))
+    digests = extract_features(tmp_path / "set", progress=False).digests
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == 4
+
+
+@pytest.mark.parametrize("name", ["public", "private", "test"])
+def test_messages_name_the_set(pets, loads, name):
+    broken = pets / name / "cat" / "broken.png"
+    broken.write_bytes(b"not a png")
+    sets = {name: str(pets / name) for name in ("public", "private", "test")}
+    for options in (sets, {"source": str(pets)}):
+        with pytest.raises(InputError, match=rf"^{name}: image .*broken.png cannot be read"):
+            load_split(**options, progress=False)
+    shutil.rmtree(pets / name)
+    (pets / name / "cat").mkdir(parents=True)
+    with pytest.raises(InputError, match=rf"^{name}: .*{name} has no images; it needs one subfolder per class"):
+        load_split(**sets, progress=False)
 
 
 # ---- Fashion-MNIST

@@ -17,7 +17,7 @@ from adamix.models import Trainable, trainable
 from adamix.public_phase import fit_public
 from adamix.rows import Rows
 from adamix.schedule import Schedule, make_schedule
-from adamix_kernels import Noise
+from adamix_kernels import Noise, subspace_basis
 
 
 def rows(count: int, seed: int = 0) -> Rows:
@@ -156,6 +156,50 @@ def test_vanishing_public_gradients_do_not_stop_the_run() -> None:
         weights, mechanism = model.weights(), Mechanism(1.0, Noise(seed=0))
         steps = list(phase.private_phase(model, public, rows(9), rule, mechanism, start=weights, anchor=weights))
         assert len(steps) == 3 and bool(model.weights().isfinite().all())
+
+
+def test_the_subspace_and_its_threshold_are_set_anew_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    bases: list[Tensor] = []
+
+    def watch(grad_sample: Tensor, **how: Any) -> Tensor:
+        torch.testing.assert_close(grad_sample, torch.cat(list(model.grad_sample(rows(12)))))
+        bases.append(subspace_basis(grad_sample, **how))
+        return bases[-1]
+
+    monkeypatch.setattr(phase, "subspace_basis", watch)
+    model = zero_head()
+    mechanism, settings = Mechanism(0.0, Noise(seed=0)), config(subspace_rank=2, learning_rate=3.0, quantile=0.5)
+    weights = model.weights()
+    steps = phase.private_phase(model, rows(12), rows(40, seed=1), settings, mechanism, start=weights, anchor=weights)
+    grads = torch.cat(list(model.grad_sample(rows(12))))
+    for number, step in enumerate(steps):
+        inside = (grads @ bases[number].T).norm(dim=1).sort().values
+        assert step.thresholds == pytest.approx([float(inside[5])], rel=1e-5), "the quantile of the projected norms"
+        assert float(inside[5]) < 0.98 * float(grads.norm(dim=1).sort().values[5])
+        grads = torch.cat(list(model.grad_sample(rows(12))))
+    assert len(bases) == 3
+    assert not any(torch.allclose(bases[i], bases[j], atol=1e-3) for i, j in [(0, 1), (1, 2)])
+
+
+def test_a_cold_start_is_pulled_to_the_phase_one_weights() -> None:
+    model = zero_head()
+    anchor = torch.randn(model.size)
+    mechanism, settings = Mechanism(1.0, Noise(seed=0)), config(anchor=1e6, learning_rate=1.0)
+    start = model.weights()
+    list(phase.private_phase(model, rows(12), rows(40, seed=1), settings, mechanism, start=start, anchor=anchor))
+    torch.testing.assert_close(model.weights(), anchor, atol=1e-4, rtol=0)
+
+
+def test_poisson_batches_are_what_is_released(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    def watch(self: Mechanism, model: Trainable, batch: Rows, *_: Any) -> Tensor:
+        sizes.append(len(batch.y))
+        return torch.zeros(model.size)
+
+    monkeypatch.setattr(Mechanism, "release", watch)
+    run(zero_head(), config(sample_rate=0.25, expected_batch_size=10, steps=100, learning_rate=0.01), sigma=1.0)
+    assert sum(sizes) / 100 == pytest.approx(10, abs=5 * math.sqrt(40 * 0.25 * 0.75 / 100)) and len(set(sizes)) > 4
 
 
 def test_poisson_batches_with_empty_ones() -> None:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from adamix.data import check_classes_present, check_disjoint, check_rows
 from adamix.errors import InputError
+from adamix.rows import check_classes_present, check_disjoint, check_rows, check_same_shape
 
 RNG = np.random.default_rng(0)
 X, Y = RNG.standard_normal((6, 3)).astype(np.float32), np.arange(6) % 2
@@ -65,6 +65,30 @@ def test_check_rows_refuses(given, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("dtype", ["int32", "int64", ">i8"])
+def test_check_rows_keeps_integers(dtype):
+    big = np.array([[2**24 + 1, 3], [5, -1]], dtype)  # float32 would round the first
+    given = [big] if dtype == ">i8" else [big, torch.from_numpy(big)]
+    for x in given:
+        out = check_rows("private", (x, [0, 1]), 2, keep_integers=True)
+        assert (out.x.dtype, out.x.tolist()) == (torch.int64, big.tolist())
+        assert check_rows("private", (x, [0, 1]), 2).x.dtype == torch.float32
+    for other in (big.astype(np.int16), torch.ones(2, 3, dtype=torch.uint8), X[:2], X[:2].astype(np.float64)):
+        assert check_rows("private", (other, [0, 1]), 2, keep_integers=True).x.dtype == torch.float32
+    with pytest.raises(InputError, match="private: x has dtype bool"):
+        check_rows("private", (big > 0, [0, 1]), keep_integers=True)
+    with pytest.raises(InputError, match="private: x has NaN or Inf"):
+        check_rows("private", (X[:2] * np.nan, [0, 1]), keep_integers=True)
+
+
+def test_same_shape():
+    public, wide = check_rows("public", (X, Y)), check_rows("test", (np.ones((2, 4)), [0, 1]))
+    check_same_shape("private", check_rows("private", (X[:2], Y[:2])), public)
+    message = r"^test: rows have shape \[4\] but public rows have \[3\]; pass the same features for both$"
+    with pytest.raises(InputError, match=message):
+        check_same_shape("test", wide, public)
+
+
 def test_check_rows_without_class_count():
     assert check_rows("public", (X, Y + 40)).y.max() == 41
     with pytest.raises(InputError, match="public: y has label -1 in row 0; labels must be >= 0"):
@@ -89,6 +113,19 @@ def test_disjoint():
         match=r"private: 2 of 5000 rows are also public rows \(private 7 = public 3, private 4500 = public 3\)",
     ):
         check_disjoint(public, private)
+    with pytest.raises(
+        InputError,
+        match=r"^test: 1 of 20 rows are also private rows \(test 3 = private 7\); remove them from one of the two",
+    ):
+        check_disjoint(private, public, ("private", "test"))
+
+
+def test_disjoint_compares_integers_exactly():
+    tokens = torch.tensor([[2**24 + 1, 3]])
+    check_disjoint(tokens, tokens - torch.tensor([1, 0]))  # equal as float32
+    for first, second in ((tokens, tokens.int()), (torch.tensor([[3, 5]]), torch.tensor([[3.0, 5.0]]))):
+        with pytest.raises(InputError, match="private: 1 of 1 rows"):
+            check_disjoint(first, second)
 
 
 def test_disjoint_takes_minus_zero_as_zero():

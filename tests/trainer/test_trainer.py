@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from adamix import AdaMix, InputError, Rows
 from adamix.geometry import Whiten
+from adamix.mechanism import Mechanism, clipped_sums
+from adamix.models import trainable
 from adamix.private_phase import Step
 
 pytestmark = pytest.mark.filterwarnings("ignore:noise_seed")
@@ -21,6 +24,41 @@ def blobs(count: int, seed: int, classes: int = 4, width: int = 8) -> Rows:
     generator = torch.Generator().manual_seed(seed)
     y = torch.arange(count) % classes
     return Rows(torch.randn(count, width, generator=generator) + 2.2 * torch.eye(classes, width)[y], y)
+
+
+class Mixing(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x - x.mean(0))
+
+
+class Wanton(nn.Linear):
+    """Random in eval mode too."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + 1e-9 * torch.rand_like(x))
+
+
+class Counting(nn.Sequential):
+    """Dropout, and a counter of forward passes."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 4))
+        self.seen = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += 1
+        return super().forward(x)  # type: ignore[no-any-return]
+
+
+def look_and_release_nothing(self: Mechanism, model: Any, rows: Rows, *_: Any) -> Tensor:
+    list(model.grad_sample(rows))
+    return torch.zeros(model.size)
 
 
 PUBLIC, PRIVATE, TEST = blobs(8, 0), blobs(600, 1), blobs(800, 2)
@@ -143,6 +181,7 @@ def test_whitening() -> None:
     within = z - torch.stack([z[y == c].mean(0) for c in range(3)])[y]
     before = (x - torch.stack([x[y == c].mean(0) for c in range(3)])[y]).var(0)
     assert float(within.var(0).max() / within.var(0).min()) < 0.1 * float(before.max() / before.min())
+    assert bool((Whiten(x, y)(x * 1e30).norm(dim=1) > 0.99).all()), "squares beyond float32 do not matter"
     one_each = Whiten(x[:3], y[:3])(x)
     assert bool(one_each.isfinite().all()), "one row per class has no spread"
     assert bool(Whiten(x, y)(Whiten(x, y).mean[None]).isfinite().all())
@@ -178,7 +217,7 @@ def test_numpy_rows_are_taken() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"epsilon": 0.0}, "epsilon: 0.0 is not valid here; pass a number above 0"),
+        ({"epsilon": 0.0}, "epsilon: 0.0 is not valid here; pass a number in .0, 1000."),
         ({"epsilon": math.nan}, "epsilon: nan"),
         ({"delta": 0.0}, "delta: 0.0"),
         ({"delta": 1.0}, "delta: 1.0"),
@@ -200,6 +239,14 @@ def test_numpy_rows_are_taken() -> None:
         ({"noise_mode": "strong"}, "noise_mode: 'strong'"),
         ({"public_l2": -1.0}, "public_l2: -1.0"),
         ({"expected_batch_size": 0}, "expected_batch_size: 0"),
+        ({"expected_batch_size": math.inf}, "expected_batch_size: inf is not valid here; pass a whole number"),
+        ({"epsilon": "3"}, "epsilon: '3' is not valid here; pass a number"),
+        ({"steps": 2.5}, "steps: 2.5 is not valid here; pass a whole number"),
+        ({"steps": True}, "steps: True"),
+        ({"subspace_rank": 2.5}, "subspace_rank: 2.5 .* a whole number or None"),
+        ({"warm_start": 1}, "warm_start: 1 is not valid here; pass True or False"),
+        ({"noise_seed": 2.5}, "noise_seed: 2.5"),
+        ({"max_grad_norm": 1e300, "quantile": None}, "max_grad_norm: 1e[+]300"),
         ({"sigma": 3.0}, "sigma: no such setting; the settings are epsilon"),
     ],
 )
@@ -221,11 +268,67 @@ def test_required_settings() -> None:
     [
         (nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4)), "model: 1 is BatchNorm1d, which mixes the samples"),
         (nn.Linear(8, 4).requires_grad_(False), "model: it has no trainable parameter"),
+        (nn.Linear(8, 3), "public: y has label 3 .* labels must be in 0..2"),
+        (nn.Sequential(nn.Linear(8, 3)), r"model: its output for 3 rows is \[3, 3\]; return logits \[N, 4\]"),
+        (nn.Sequential(nn.Linear(8, 4), nn.Flatten(0)), r"model: its output for 3 rows is \[12\]"),
+        (nn.Linear(7, 4), r"model: it fails on rows of shape \[3, 8\]"),
+        (nn.Linear(8, 4).double(), "model: it fails on rows of shape"),
+        (nn.LazyLinear(4), "model: parameter weight has no shape yet"),
+        (Mixing(), "model: its output for a row changes with the other rows"),
+        (Wanton(), "model: per-sample gradients of it failed .* randomness"),
+        (len, "model: is builtin_function_or_method; pass an nn.Module"),
     ],
 )
-def test_models_that_cannot_be_private_are_refused(model: nn.Module, message: str) -> None:
-    with pytest.raises(InputError, match=message):
+def test_models_that_cannot_be_private_are_refused(model: Any, message: str) -> None:
+    before = copy.deepcopy(model.state_dict()) if isinstance(model, nn.Module) else {}
+    with pytest.raises(InputError, match=message) as raised:
         fit(model, geometry=None)
+    assert "\n" not in str(raised.value)
+    for name, value in before.items():
+        if not isinstance(value, nn.UninitializedParameter):
+            assert torch.equal(model.state_dict()[name], value), "nothing was trained"
+
+
+def test_private_rows_leave_no_trace_in_generators_modes_or_state() -> None:
+    """With the release made nothing, runs on 600 and on 599 private rows are the same, dropout and counters or not."""
+    outcomes = []
+    for count in (600, 599, 0):
+        torch.manual_seed(0)
+        model = Counting()
+        model.train()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Mechanism, "release", look_and_release_nothing)
+            trainer = AdaMix(model, epsilon=1.0, expected_batch_size=600, geometry=None, steps=3, noise_seed=0)
+            result = trainer.fit(public=PUBLIC, private=Rows(PRIVATE.x[:count], PRIVATE.y[:count]), test=TEST)
+        weights = [p.tolist() for p in model.parameters()]
+        outcomes.append((result.steps, weights, model.seen, torch.get_rng_state().tolist()))
+        assert model.training and model[1].training
+    assert outcomes[0] == outcomes[1] == outcomes[2] and model.seen > 0
+
+
+def test_dropout_does_not_widen_what_a_row_can_do() -> None:
+    torch.manual_seed(0)
+    view = trainable(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 4)).train())
+    sums = [
+        torch.cat(clipped_sums(view, Rows(PRIVATE.x[i:50], PRIVATE.y[i:50]), torch.tensor([0.5]), None)) for i in (0, 1)
+    ]
+    assert float((sums[0] - sums[1]).norm()) <= 0.5 * (1 + 1e-6)
+
+
+def test_tokens_stay_whole_numbers() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(30, 6), nn.Flatten(), nn.Linear(18, 2))
+    public, private = (torch.randint(0, 30, (n, 3), generator=torch.Generator().manual_seed(n)) for n in (10, 80))
+    trainer = AdaMix(model, epsilon=3.0, expected_batch_size=80, geometry=None, steps=2)
+    keep = ~torch.isin(private @ torch.tensor([900, 30, 1]), public @ torch.tensor([900, 30, 1]))
+    result = trainer.fit(public=(public, torch.arange(10) % 2), private=(private[keep], private[keep][:, 0] % 2))
+    assert len(result.steps) == 2
+
+
+def test_test_rows_may_not_be_private_rows() -> None:
+    trainer = AdaMix(epsilon=1.0, expected_batch_size=600, steps=1)
+    with pytest.raises(InputError, match="test: 1 of 5 rows are also private rows"):
+        trainer.fit(public=PUBLIC, private=PRIVATE, test=Rows(torch.cat([TEST.x[:4], PRIVATE.x[:1]]), TEST.y[:5]))
 
 
 def test_geometry_needs_feature_vectors() -> None:
