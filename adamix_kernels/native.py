@@ -35,17 +35,26 @@ def unavailable() -> str | None:
     return module if isinstance(module, str) else None
 
 
-def _off_cpu(grad_sample: Tensor | Sequence[Tensor]) -> str | None:
-    device = as_list(grad_sample)[0].device
-    return None if device.type == "cpu" else f"grad_sample is on {device}; this backend takes CPU tensors"
+def _no_memory(grad_sample: Tensor | Sequence[Tensor]) -> str | None:
+    """Kernels read memory by its address: tensors without any, or that only stand for others, are not for them."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return "tensor operations are being traced or replaced here; this backend runs outside of them"
+    for part in as_list(grad_sample):
+        if part.device.type != "cpu":
+            return f"grad_sample is on {part.device}; this backend takes CPU tensors"
+        if type(part) not in (Tensor, torch.nn.Parameter):
+            return f"grad_sample is a {type(part).__name__}; this backend takes plain tensors"
+        if torch._C._functorch.is_functorch_wrapped_tensor(part) or part._is_zerotensor():
+            return "grad_sample is inside a torch.func transform or has no storage; this backend takes plain tensors"
+    return None
 
 
-@grad_norm_sq.register("cpp", unavailable=unavailable, refuses=_off_cpu)
+@grad_norm_sq.register("cpp", unavailable=unavailable, refuses=_no_memory)
 def _grad_norm_sq(grad_sample: Tensor | Sequence[Tensor]) -> Tensor:
     module = load()
     assert isinstance(module, ModuleType)  # dispatch has asked `unavailable`
     parts = [part.detach().contiguous() for part in as_list(grad_sample)]
-    out = torch.empty(parts[0].shape[0], dtype=torch.float32)
+    out = torch.empty(parts[0].shape[0], dtype=torch.float32, device="cpu")  # whatever the default device
     described = [
         (p.data_ptr(), math.prod(p.shape[1:]), getattr(module.DType, str(p.dtype).removeprefix("torch.")))
         for p in parts

@@ -268,6 +268,9 @@ class _Axes:
         if tensor.dtype not in kinds:
             names = ", ".join(str(k).removeprefix("torch.") for k in kinds)
             raise TypeError(f"{op}: {label} has dtype {tensor.dtype}; expected one of {names}")
+        if tensor.layout is not torch.strided or tensor.is_nested:
+            kind = "is nested" if tensor.is_nested else f"has layout {tensor.layout}"
+            raise TypeError(f"{op}: {label} {kind}; pass a dense tensor {self.text}")
         shape = tuple(tensor.shape)
         fixed = len(self.head) + len(self.tail)
         if len(shape) < fixed or (self.wild is None and len(shape) != fixed):

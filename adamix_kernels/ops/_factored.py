@@ -20,6 +20,8 @@ from adamix_kernels.spec import Case, Cost
 
 #: Doubles in the largest temporary.
 _LIMIT = 1 << 24
+#: 2^52 times the smallest normal float64: what underflows is less than a rounding of it.
+_VANISHING = 2.0**-970
 
 
 def blocks(size: int, unit: int) -> Iterator[slice]:
@@ -49,7 +51,7 @@ def sum_error(length: Tensor, positions: int) -> Tensor:
 
 
 def factored_norm_sq(a: Tensor, g: Tensor, bias: bool, method: str = "auto") -> Tensor:
-    """`[B]` float32, not below the exact squared norm of the gradients of all groups, nor below (n + e)^2."""
+    """`[B]` float32, not below the exact squared norm of the gradients of all groups, nor (n + e)^2, nor TINY."""
     samples, groups, positions, inner = a.shape
     outer = g.shape[-1]
     gram = method == "gram" or (method == "auto" and positions * (inner + outer) < inner * outer)
@@ -94,7 +96,12 @@ def _widen(a: Tensor, bias: bool) -> Tensor:
 
 
 def _length(a: Tensor, g: Tensor) -> Tensor:
-    return (a.square().sum(-1) * g.square().sum(-1)).sqrt().sum(-1)
+    """R, or a little above: factors whose squares underflow count, as their partners may be large.
+
+    With each square raised by 2^-970, the roundings of R^2 that `_gram` adds cover its underflowing dot products too.
+    """
+    sizes = [x.square().sum(-1) + x.shape[-1] * _VANISHING for x in (a, g)]
+    return (sizes[0] * sizes[1]).sqrt().sum(-1)
 
 
 def _direct(a: Tensor, g: Tensor) -> Tensor:

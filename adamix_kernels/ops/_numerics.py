@@ -11,6 +11,9 @@ from torch import Tensor
 #: Columns upcast to float64 at a time, so that the copy stays small beside the gradients.
 _BLOCK = 1 << 18
 
+#: Float32's smallest normal number. Below it nothing is to be relied on: the processor may flush it to 0.
+TINY = torch.finfo(torch.float32).tiny
+
 
 def as_list(tensors: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return [tensors] if isinstance(tensors, Tensor) else list(tensors)
@@ -23,27 +26,27 @@ def rows(x: Tensor) -> Tensor:
 
 def sum_sq(x: Tensor) -> Tensor:
     """Float64 sum of squares of each row of `[B, *]`."""
-    total = torch.zeros(x.shape[0], dtype=torch.float64, device=x.device)
-    for block in rows(x).split(_BLOCK, dim=1):
-        total += block.double().square().sum(1)
-    return total
+    return torch.stack([block.double().square().sum(1) for block in rows(x).split(_BLOCK, dim=1)]).sum(0)
 
 
 def round_up(x: Tensor, terms: int) -> Tensor:
-    """Float32 of float64 sums of `terms` non-negative terms, never below the exact sum; NaN becomes Inf.
+    """Float32 of float64 sums of `terms` non-negative terms, never below the exact sum, nor TINY; NaN becomes Inf.
 
-    Any order of n float64 multiplications and additions errs by less than n 2^-52 of the sum.
+    Any order of n float64 multiplications and additions errs by less than n 2^-52 of the sum, and by what underflows:
+    squares of float64 numbers below 1e-154, and all denormals where the processor flushes them. TINY is far above
+    that, so a row whose squares vanish is clipped as if its norm were sqrt(TINY) = 1e-19, not let through as if 0.
     """
     upper = x * (1 + (terms + 1) * 2.0**-52)
     y = upper.float()
     y = torch.where(y.double() < upper, torch.nextafter(y, torch.full_like(y, torch.inf)), y)
-    return torch.nan_to_num(y, nan=torch.inf, posinf=torch.inf)
+    return torch.nan_to_num(y, nan=torch.inf, posinf=torch.inf).clamp(min=TINY)
 
 
 def round_down(x: Tensor) -> Tensor:
-    """Float32 of non-negative float64, never above it."""
+    """Float32 of non-negative float64, never above it; 0 below TINY, where the comparison may see a flushed number."""
     y = x.float()
-    return torch.where(y.double() > x, torch.nextafter(y, torch.zeros_like(y)), y)
+    y = torch.where(y.double() > x, torch.nextafter(y, torch.zeros_like(y)), y)
+    return y.where(y >= TINY, 0.0)
 
 
 def weighted_sum(x: Tensor, coef: Tensor) -> Tensor:

@@ -97,7 +97,7 @@ def clip_coef(norm_sq: Tensor, max_grad_norm: float | Tensor) -> Tensor:
         max_grad_norm: the threshold, above 0 (`inf`: no clipping), or a scalar tensor on the same device.
 
     Returns:
-        `[B]` float32 in [0, 1]; exactly 0 where `norm_sq` is not finite.
+        `[B]` float32 in [0, 1]; exactly 0 where `norm_sq` is not finite, or where it would be below 1.2e-38.
 
     Source: Abadi et al. 2016 (arXiv 1607.00133), Algorithm 1.
     """
@@ -122,7 +122,7 @@ def clip_sum(grad_sample: Tensor | Sequence[Tensor], coef: Tensor) -> Any:
         coef: factors `[B]`, as `clip_coef` gives them. A sample with factor 0 adds exactly 0, even if it holds NaN.
 
     Returns:
-        `[*]` (or a list) float32, float64 for float64 input. A sum, not a mean; zeros for an empty batch.
+        `[*]` (or a list), each float32, or float64 if its own input is. A sum, not a mean; zeros for an empty batch.
     """
     sums = [weighted_sum(p, coef).to(sum_dtype(p)) for p in as_list(grad_sample)]
     return sums[0] if isinstance(grad_sample, Tensor) else sums
@@ -182,8 +182,9 @@ def clip_sum_noise(
         noise: source of the noise; needed unless `noise_multiplier` is 0.
 
     Returns:
-        `ClippedSum(sum, norm_sq)`. Adding or removing one sample moves the sum, before its noise, by at most
-        tau (1 + 1e-6) and its rounding; a sample with a NaN or Inf contributes 0. An empty batch gives noise alone.
+        `ClippedSum(sum, norm_sq)`, as `clip_sum` and `grad_norm_sq` give them. Adding or removing one sample moves the
+        sum, before its noise, by at most tau (1 + 1e-6) and its rounding; a sample with a NaN or Inf contributes 0. An
+        empty batch gives noise alone.
 
     Source: Abadi et al. 2016 (arXiv 1607.00133), Algorithm 1.
     """

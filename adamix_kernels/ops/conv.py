@@ -236,7 +236,7 @@ def conv_norm_sq(
         bias: whether the layer has a trainable bias; its gradient is part of the norm.
 
     Returns:
-        `[B]` float32, never below the exact value, Inf where it is not finite; with the guard of `linear_norm_sq`.
+        `[B]` float32, never below the exact value nor 1.2e-38, Inf where it is not finite; guarded as `linear_norm_sq`.
     """
     axes = _axes(kernel_size, stride, padding, dilation)
     parts = [
@@ -275,7 +275,7 @@ def conv_clip_sum(
         bias: whether to sum the gradient of the bias too.
 
     Returns:
-        `ConvSum(weight, bias)` float32, float64 for float64 input.
+        `ConvSum(weight, bias)` float32, float64 if activations or backprops are.
     """
     axes = _axes(kernel_size, stride, padding, dilation)
     parts = [

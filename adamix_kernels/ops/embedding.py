@@ -123,7 +123,7 @@ def embedding_norm_sq(indices: Tensor, backprops: Tensor, padding_idx: int | Non
         padding_idx: the id that is not trained, as in `torch.nn.Embedding`; its positions are left out.
 
     Returns:
-        `[B]` float32, never below the exact value, Inf where it is not finite; with the guard of `linear_norm_sq`.
+        `[B]` float32, never below the exact value nor 1.2e-38, Inf where it is not finite; guarded as `linear_norm_sq`.
     """
     ids, g = _rows(indices, backprops)
     keys, order = ids.sort(dim=1, stable=True)
@@ -164,7 +164,7 @@ def embedding_clip_sum(
         padding_idx: the id that is not trained; its row of the sum is 0.
 
     Returns:
-        `[V, D]` float32, float64 for float64 input.
+        `[V, D]` float32, float64 if backprops are.
     """
     ids, g = _rows(indices, backprops)
     samples, positions, width = g.shape

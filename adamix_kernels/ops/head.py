@@ -16,6 +16,8 @@ from adamix_kernels.spec import Case, Cost, Out, define_op
 
 #: Rows upcast to float64 at a time.
 _ROWS = 4096
+#: The smallest normal float64: more than a square loses when it underflows.
+_UNDERFLOW = torch.finfo(torch.float64).tiny
 
 
 class HeadSum(NamedTuple):
@@ -143,9 +145,9 @@ def softmax_head_clip_sum_noise(
         noise: source of the noise; needed unless `noise_multiplier` is 0. One draw covers weight, then bias.
 
     Returns:
-        `HeadSum(weight, bias, norm_sq, loss)`, float32, weight and bias float64 for float64 input. Adding or removing
-        one row moves (weight, bias), before the noise, by at most tau (1 + 1e-6) and rounding of the sum. A row
-        with NaN or Inf contributes 0, to the loss too.
+        `HeadSum(weight, bias, norm_sq, loss)`, float32; weight and bias float64 if features, weight or bias are.
+        Adding or removing one row moves (weight, bias), before the noise, by at most tau (1 + 1e-6) and rounding of
+        the sum. A row with NaN or Inf contributes 0, to the loss too. `norm_sq` is as `grad_norm_sq` gives it.
 
     Source: Goodfellow 2015 (arXiv 1510.01799) for the norm; Golatkar et al. 2022 (arXiv 2203.11481) for the use.
     """
@@ -158,7 +160,9 @@ def softmax_head_clip_sum_noise(
         log_p = torch.nn.functional.linear(x, w, b).log_softmax(1)
         loss = -log_p.gather(1, y.long()[:, None])[:, 0]
         residual = log_p.exp().scatter_add(1, y.long()[:, None], -torch.ones_like(loss)[:, None])
-        norm_sq = residual.square().sum(1) * (x.square().sum(1) + (bias is not None))
+        # Large features would bring back what underflows in the squares of the residual.
+        residual_sq = residual.square().sum(1) + classes * _UNDERFLOW
+        norm_sq = residual_sq * (x.square().sum(1) + (bias is not None))
         norms.append(round_up(norm_sq, terms=2 * (classes + width)))
         coef = clip_coef.reference(norms[-1], max_grad_norm).double()[:, None]
         inside = coef > 0
@@ -166,7 +170,7 @@ def softmax_head_clip_sum_noise(
         total[:, :width] += residual.T @ x.where(inside, 0.0)
         total[:, width] += residual.sum(0)
         losses.append(loss.where(inside[:, 0], 0.0).sum())
-    dtype = sum_dtype(features, weight)
+    dtype = sum_dtype(features, weight, *([] if bias is None else [bias]))
     sums = [total[:, :width].to(dtype)] + ([] if bias is None else [total[:, width].to(dtype)])
     add_mechanism_noise_(sums, max_grad_norm, noise_multiplier, noise)
     return HeadSum(sums[0], None if bias is None else sums[1], torch.cat(norms), torch.stack(losses).sum().float())

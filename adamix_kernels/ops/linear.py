@@ -118,10 +118,11 @@ def linear_norm_sq(activations: Tensor, backprops: Tensor, bias: bool = False, m
         method: "gram" multiplies positions with positions, "direct" inputs with outputs; "auto" takes the cheaper.
 
     Returns:
-        `[B]` float32, never below the exact value, Inf where it is not finite. Where positions cancel it is above: the
-        norm by up to 2^-50 (T + 2) R, R = sum_t |a_t||g_t|, and the square for "gram" by 2^-51 (I + O + 2T + 4) R^2
-        more. So `linear_clip_sum` with `clip_coef` of it takes at most max_grad_norm (1 + 1e-6) from a sample,
-        whatever the input (for float64 inputs: whose squares are within float64's range).
+        `[B]` float32, never below the exact value nor 1.2e-38, as `grad_norm_sq`; Inf where that or a square on the
+        way is not finite. Where positions cancel it is above: the norm by up to 2^-50 (T + 2) R, R = sum_t |a_t||g_t|,
+        and the square for "gram" by 2^-51 (I + O + 2T + 4) R^2 more; R counts float64 numbers below 1e-146 as that.
+        So `linear_clip_sum` with `clip_coef` of it takes at most max_grad_norm (1 + 1e-6) from a sample, and the
+        rounding of the sum, whatever the input.
 
     Source: Goodfellow 2015 (arXiv 1510.01799); Li et al. 2022 (arXiv 2110.05679) for T positions.
     """
@@ -160,7 +161,7 @@ def linear_clip_sum(
         std: standard deviation of the noise on each element of the sums, or a scalar tensor on the same device.
 
     Returns:
-        `LinearSum(weight, bias)` float32, float64 for float64 input; weight and bias share one draw of the noise.
+        `LinearSum(weight, bias)` float32, float64 if activations or backprops are; both share one draw of the noise.
     """
     total = factored_sum(_one_group(activations), _one_group(backprops), coef, bias)[0]
     total = total.to(sum_dtype(activations, backprops))

@@ -10,7 +10,7 @@ import hashlib
 import math
 import os
 import threading
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor
@@ -36,6 +36,8 @@ class Noise:
     A `Noise` cannot be copied, pickled or used after `fork`: each would draw the same noise twice.
     """
 
+    _forks: ClassVar[int] = 0  # behind this process; its id alone could be that of a process that ended
+
     def __init__(self, seed: int | None = None, mode: str = "fast") -> None:
         if mode not in ("fast", "secure"):
             raise ValueError(f"mode: is {mode!r}; pass 'fast' or 'secure'")
@@ -59,11 +61,19 @@ class Noise:
         self._key = words if mode == "secure" else words[:2]
         self._draws = 0
         self._lock = threading.Lock()
-        self._pid = os.getpid()
+        self._process = self._this_process()
+
+    @classmethod
+    def _this_process(cls) -> tuple[int, int]:
+        return os.getpid(), cls._forks
+
+    @classmethod
+    def _count_fork(cls) -> None:
+        cls._forks += 1
 
     def next_draw(self) -> int:
         """Reserve a draw number; no other call gets it."""
-        if os.getpid() != self._pid:
+        if self._this_process() != self._process:
             raise RuntimeError("noise: this Noise was made before a fork and would repeat draws; make one per process")
         with self._lock:
             self._draws += 1
@@ -92,6 +102,10 @@ class Noise:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("noise: a Noise cannot be copied or pickled, both would repeat its draws; make a new Noise()")
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, where nothing forks
+    os.register_at_fork(after_in_child=Noise._count_fork)
 
 
 def _uniform_bits(high: Tensor, low: Tensor) -> Tensor:

@@ -38,8 +38,10 @@ def grad_norm_sq(grad_sample: Tensor | Sequence[Tensor]) -> Tensor:
         grad_sample: per-sample gradients `[B, *]`, or a list of such tensors (one per parameter).
 
     Returns:
-        `[B]` float32, never below the exact value. Inf for a sample that holds a NaN or Inf, or whose squared norm is
-        beyond float32's range; `clip_coef` turns that into a contribution of exactly zero.
+        `[B]` float32, never below the exact value, nor below float32's smallest normal number, 1.2e-38: in rows so
+        small that their squares vanish the exact value is lost, and 0 would let them through unclipped. Inf for a
+        sample that holds a NaN or Inf, or whose squared norm is beyond float32's range; `clip_coef` turns that into
+        a contribution of exactly zero.
     """
     parts = as_list(grad_sample)
     total = torch.stack([sum_sq(p) for p in parts]).sum(0)

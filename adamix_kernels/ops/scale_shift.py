@@ -94,7 +94,7 @@ def scale_shift_norm_sq(activations: Tensor, backprops: Tensor, bias: bool = Tru
         bias: whether the layer has a trainable bias; its gradient is part of the norm.
 
     Returns:
-        `[B]` float32, never below the exact value, Inf where it is not finite; with the guard of `linear_norm_sq`.
+        `[B]` float32, never below the exact value nor 1.2e-38, Inf where it is not finite; guarded as `linear_norm_sq`.
     """
     a, g = positions_axis(activations), positions_axis(backprops)
     samples, positions, width = a.shape
@@ -125,7 +125,7 @@ def scale_shift_clip_sum(activations: Tensor, backprops: Tensor, coef: Tensor, b
         bias: whether to sum the gradient of the bias too.
 
     Returns:
-        `ScaleShiftSum(weight, bias)` float32, float64 for float64 input.
+        `ScaleShiftSum(weight, bias)` float32, float64 if activations or backprops are.
     """
     a, g = positions_axis(activations), positions_axis(backprops)
     samples, positions, width = a.shape

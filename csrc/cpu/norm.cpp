@@ -90,12 +90,13 @@ void add_rows(const Tensor& tensor, int64_t rows, double* total, int threads) {
 }
 
 float round_up(double x, int64_t terms) {
-  // Any order of n additions and multiplications in double errs by less than n 2^-52 of the sum.
+  // Any order of n additions and multiplications in double errs by less than n 2^-52 of the sum, and by what
+  // underflows. The smallest normal float is far above that: rows whose squares vanish must not pass for zero.
   const double upper = x * (1 + static_cast<double>(terms + 1) * std::numeric_limits<double>::epsilon());
   constexpr float infinity = std::numeric_limits<float>::infinity();
   if (!(upper <= std::numeric_limits<float>::max())) return infinity;  // NaN too
   const float y = static_cast<float>(upper);
-  return y < upper ? std::nextafter(y, infinity) : y;
+  return std::max(y < upper ? std::nextafter(y, infinity) : y, std::numeric_limits<float>::min());
 }
 
 }  // namespace

@@ -14,6 +14,7 @@ struct Tensor {
   DType dtype;
 };
 
+// Squared norm of each row over all tensors: rounded up, not below the smallest normal float, Inf for NaN.
 void grad_norm_sq(const std::vector<Tensor>& tensors, int64_t rows, float* out, int threads);
 
 }  // namespace adamix

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 import warnings
@@ -82,6 +83,21 @@ from adamix_kernels.spec import OPS
             TypeError,
             "labels has dtype torch.float32; expected one of int64, int32",
         ),
+        (
+            lambda: kernels.grad_norm_sq([torch.ones(2, 3).to_sparse()]),
+            TypeError,
+            r"grad_norm_sq: grad_sample\[0\] has layout torch.sparse_coo; pass a dense tensor \[B, \*\]",
+        ),
+        (
+            lambda: kernels.grad_norm_sq(torch.ones(2, 3).to_mkldnn()),
+            TypeError,
+            "has layout torch._mkldnn; pass a dense",
+        ),
+        (
+            lambda: kernels.grad_norm_sq(torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged)),
+            TypeError,
+            "grad_sample is nested; pass a dense",
+        ),
         (lambda: kernels.clip_coef(torch.ones(2)), TypeError, "missing a required argument: 'max_grad_norm'"),
         (lambda: kernels.clip_coef(torch.ones(2), 1.0, 2.0), TypeError, "too many positional arguments"),
         (lambda: kernels.clip_coef(torch.ones(2), 1.0, norm=2.0), TypeError, "unexpected keyword argument 'norm'"),
@@ -91,6 +107,32 @@ from adamix_kernels.spec import OPS
 def test_bad_arguments_are_named(call: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("wide", ["features", "weight", "bias", None])
+def test_head_sums_are_float64_if_any_of_its_tensors_is(wide: str | None) -> None:
+    tensors = {"features": torch.ones(2, 3), "weight": torch.ones(4, 3), "bias": torch.ones(4)}
+    if wide:
+        tensors[wide] = tensors[wide].double()
+    out = kernels.softmax_head_clip_sum_noise(labels=torch.tensor([0, 1]), **tensors)
+    assert out.weight.dtype == out.bias.dtype == (torch.float64 if wide else torch.float32)
+    assert out.norm_sq.dtype == out.loss.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtypes", list(itertools.product([torch.float16, torch.float32, torch.float64], repeat=3)))
+def test_sums_are_float64_if_what_is_summed_is(dtypes: tuple[torch.dtype, ...]) -> None:
+    """The factors' type does not count."""
+    a, g, coef = torch.ones(2, 3, dtype=dtypes[0]), torch.ones(2, 3, dtype=dtypes[1]), torch.ones(2, dtype=dtypes[2])
+    one, both = ((torch.float64 if torch.float64 in given else torch.float32) for given in (dtypes[1:2], dtypes[:2]))
+    assert kernels.clip_sum(g, coef).dtype == one
+    assert [x.dtype for x in kernels.clip_sum([g, g.half()], coef)] == [one, torch.float32]
+    assert kernels.clip_sum_noise(g, coef[0]).sum.dtype == one
+    assert kernels.embedding_clip_sum(torch.zeros(2, dtype=torch.int64), g, coef, 1).dtype == one
+    assert kernels.linear_clip_sum(a, g, coef).weight.dtype == both
+    assert kernels.scale_shift_clip_sum(a, g, coef).weight.dtype == both
+    assert kernels.conv_clip_sum(a[:, None], g[:, None], coef, (1,)).weight.dtype == both
+    for norm_sq in (kernels.grad_norm_sq(g), kernels.linear_norm_sq(a, g), kernels.clip_coef(coef, 1.0)):
+        assert norm_sq.dtype == torch.float32
 
 
 def test_a_backend_that_cannot_run_raises_instead_of_falling_back() -> None:

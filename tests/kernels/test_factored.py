@@ -57,7 +57,7 @@ def torch_grads(layer: Callable[..., Tensor], parameters: list[Tensor], x: Tenso
 
 def assert_same(norms: list[Tensor], sums: Any, coef: Tensor, grads: list[Tensor]) -> None:
     """To 1e-9, and for the norms one rounding up to float32."""
-    exact = torch.stack([g.flatten(1).square().sum(1) for g in grads]).sum(0)
+    exact = torch.stack([g.flatten(1).square().sum(1) for g in grads]).sum(0).clamp(min=torch.finfo(torch.float32).tiny)
     for norm_sq in norms:
         assert norm_sq.dtype == torch.float32
         assert (norm_sq.double() >= exact * (1 - 1e-14)).all()
@@ -160,6 +160,12 @@ def hostile(seed: int, positions: int, inner: int, outer: int) -> Iterator[tuple
     magnitudes = [(1, 1), (1e3, 1e3), (1e4, 1e-7), (1e18, 1), (1e18, 1e-18), (1e30, 1e-30), (1e-30, 1), (1e-42, 1e-3)]
     for scale_a, scale_g in magnitudes:
         yield a * scale_a, g * scale_g
+    # Float64 alone holds these; squares underflow or overflow where the gradient does neither.
+    extremes = [(1e-170, 1), (1e-170, 1e-170), (1e-300, 1e290), (1e200, 1e-200), (1e150, 1e-165), (1e153, 1e-163)]
+    for scale_a, scale_g in extremes:
+        yield a * scale_a, g * scale_g
+        yield a * scale_g, g * scale_a
+        yield torch.cat([a[:half], a[:half]]) * scale_a, torch.cat([g[:half], -g[:half]]) * scale_g
     # Opposed: half of the positions take back what the others gave, but for `left` of it.
     for left in (0.0, 2.0**-23, 1e-6, 2.0**-8, 2.0**-11):
         for scale in (1.0, 1e3, 1e10, 1e18):
@@ -186,7 +192,7 @@ def flat_norm(sums: Any) -> float:
 def worst_contribution(norm_sq: Tensor, clipped: Callable[[Tensor], Any]) -> float:
     """The largest contribution of one sample over the threshold, for thresholds of every kind."""
     norm = float(norm_sq.sqrt())
-    thresholds = [1.0, 1e-3, 1e3] + [norm * f for f in (0.5, 1e-3, 1 - 1e-7) if 1e-30 < norm * f < math.inf]
+    thresholds = [1.0, 1e-3, 1e3, 1e-25] + [norm * f for f in (0.5, 1e-3, 1 - 1e-7) if 1e-30 < norm * f < math.inf]
     return max(flat_norm(clipped(clip_coef(norm_sq, c))) / c for c in thresholds)
 
 

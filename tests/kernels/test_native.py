@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
-from adamix_kernels import grad_norm_sq, native, use_backend
+from adamix_kernels import BackendError, grad_norm_sq, native, use_backend
 
 
 @pytest.fixture
@@ -58,3 +62,49 @@ def test_an_instruction_set_the_processor_lacks_is_refused(module: ModuleType) -
         pytest.skip("this processor has them all")
     with pytest.raises(ValueError, match="isa"):
         module.use_isa(module.Isa.avx512)
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("make", "inside", "reason"),
+    [
+        (lambda: torch.ones(3, 4), FakeTensorMode, "traced or replaced"),
+        (lambda: torch.ones(3, 4), lambda: FlopCounterMode(display=False), "traced or replaced"),
+        (lambda: FakeTensorMode().from_tensor(torch.ones(3, 4)), nullcontext, "is a FakeTensor"),
+        (lambda: torch.ones(3, 4).as_subclass(Subclass), nullcontext, "is a Subclass"),
+        (lambda: torch.ones(3, 4, device="meta"), nullcontext, "is on meta"),
+        (lambda: torch._efficientzerotensor(3, 4), nullcontext, "has no storage"),
+    ],
+)
+def test_tensors_without_memory_are_left_to_torch(module: ModuleType, make: Any, inside: Any, reason: str) -> None:
+    with inside():
+        x = make()
+        assert grad_norm_sq(x).shape == (3,)
+        for given in (x, [torch.ones(3, 2, device=x.device), x]):
+            with use_backend("cpp"), pytest.raises(BackendError, match=reason):
+                grad_norm_sq(given)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools:UserWarning")  # no harm: it is traced
+def test_inside_transforms_torch_runs(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    each = torch.stack([grad_norm_sq(one) for one in x])
+    torch.testing.assert_close(torch.func.vmap(grad_norm_sq)(x), each)
+    with use_backend("cpp"), pytest.raises(BackendError, match=r"torch\.func"):
+        torch.func.vmap(grad_norm_sq)(x)
+    compiled = torch.compile(lambda one: grad_norm_sq(one) + 1, backend="eager")
+    torch.testing.assert_close(compiled(x[0]), each[0] + 1)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with use_backend("cpp"), pytest.raises(BackendError, match="traced or replaced"):
+        grad_norm_sq(x)
+
+
+def test_plain_tensors_are_taken(module: ModuleType) -> None:
+    x = torch.ones(3, 4)
+    for one in (x, torch.nn.Parameter(x), x.t().contiguous().t(), x.to(torch.complex64).conj().imag):
+        assert norms(one).tolist() == grad_norm_sq.reference(one).tolist()
+    with torch.device("meta"):  # the default of what is made, not of what is given
+        assert norms(x).tolist() == pytest.approx([4.0] * 3)

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 import multiprocessing
+import os
 import pickle
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
 from scipy import stats
 
 from adamix_kernels import Noise, add_gaussian_noise_
+from adamix_kernels.ops import noise as noise_module
 from adamix_kernels.ops._streams import chacha20_block, philox_block
+
+KEY = bytes(range(100, 132))
+MASK = 0xFFFFFFFF
 
 
 def words(*values: int) -> list[torch.Tensor]:
@@ -43,6 +52,81 @@ def test_chacha20_known_answer() -> None:
         "10f1e7e4d13b5915500fdd1fa32071c4c7d1f4c733c068030422aa9ac3d46c4e"
         "d2826446079faa0914c2d705d98b02a2b5129cd1de164eb9cbd083e8a2503c4e"
     )
+
+
+def plain_chacha20(key: bytes, block: int, draw: int) -> list[int]:
+    """One block of 16 words, on Python integers: the constants, the key, the block's number, the draw's."""
+
+    def rotate(x: int, bits: int) -> int:
+        return (x << bits | x >> (32 - bits)) & MASK
+
+    def quarter(a: int, b: int, c: int, d: int) -> None:
+        for first, second, third, bits in [(a, b, d, 16), (c, d, b, 12), (a, b, d, 8), (c, d, b, 7)]:
+            state[first] = (state[first] + state[second]) & MASK
+            state[third] = rotate(state[third] ^ state[first], bits)
+
+    head = b"expand 32-byte k" + key + block.to_bytes(8, "little") + draw.to_bytes(8, "little")
+    start = [int.from_bytes(head[i : i + 4], "little") for i in range(0, 64, 4)]
+    state = list(start)
+    for _ in range(10):
+        for i in range(4):
+            quarter(i, 4 + i, 8 + i, 12 + i)
+        for i in range(4):
+            quarter(i, 4 + (i + 1) % 4, 8 + (i + 2) % 4, 12 + (i + 3) % 4)
+    return [(x + y) & MASK for x, y in zip(state, start, strict=True)]
+
+
+def plain_philox(key: bytes, block: int, draw: int) -> list[int]:
+    """One block of 4 words, on Python integers; the key is the first 8 bytes."""
+    k0, k1 = int.from_bytes(key[:4], "little"), int.from_bytes(key[4:8], "little")
+    c = [block & MASK, block >> 32, draw & MASK, draw >> 32]
+    for i in range(10):
+        left, right = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        keys = (k0 + i * 0x9E3779B9) & MASK, (k1 + i * 0xBB67AE85) & MASK
+        c = [right >> 32 ^ c[1] ^ keys[0], right & MASK, left >> 32 ^ c[3] ^ keys[1], left & MASK]
+    return c
+
+
+def plain_words(mode: str, key: bytes, draw: int, first: int, count: int) -> list[int]:
+    block, size = (plain_chacha20, 16) if mode == "secure" else (plain_philox, 4)
+    return [block(key, i // size, draw)[i % size] for i in range(first, first + count)]
+
+
+def plain_normal(mode: str, key: bytes, draw: int, element: int) -> float:
+    """Box-Muller on two uniforms of 53 bits, the radius's in (0, 1]; the cosine is the even element's."""
+    w = plain_words(mode, key, draw, 4 * (element // 2), 4)
+    first, second = (high // 32 * 2**26 + low // 64 for high, low in (w[:2], w[2:]))
+    radius, angle = math.sqrt(-2 * math.log((first + 1) / 2**53)), 2 * math.pi * second / 2**53
+    return radius * (math.sin(angle) if element % 2 else math.cos(angle))
+
+
+@pytest.mark.parametrize("mode", ["fast", "secure"])
+@pytest.mark.parametrize("draw", [0, 3, 2**32 - 1, 2**32 + 5, 2**63 + 9])
+def test_stream_is_that_of_plain_python(mode: str, draw: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "urandom", lambda size: KEY[:size])
+    noise = Noise(mode=mode)
+    for first in (0, 7, 2**34 - 20, 2**40 + 3):  # in words; blocks 2^32 lie between
+        assert noise._words(draw, first, 45, "cpu").tolist() == plain_words(mode, KEY, draw, first, 45)
+    for start in (0, 5, 2**33 - 3):
+        expected = [plain_normal(mode, KEY, draw, element) for element in range(start, start + 20)]
+        assert noise.normal(draw, start, 20).tolist() == pytest.approx(expected, rel=1e-12, abs=1e-12)
+
+
+def test_uniform_is_that_of_plain_python() -> None:
+    noise = Noise(seed=11)
+    noise.next_draw()
+    w = plain_words("fast", hashlib.blake2b(b"11", digest_size=32).digest(), 1, 0, 14)
+    expected = [(high // 32 * 2**26 + low // 64) / 2**53 for high, low in zip(w[::2], w[1::2], strict=True)]
+    assert noise.uniform(7).tolist() == expected
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 7, 36, 37, 64])
+def test_chunks_do_not_change_the_noise(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(noise_module, "_CHUNK", chunk)
+    expected = Noise(seed=4).normal(0, 0, 60)
+    parts = [torch.zeros(37, dtype=torch.float64), torch.zeros(0), torch.zeros(23, dtype=torch.float64)]
+    got = torch.cat([p.double() for p in add_gaussian_noise_(parts, 1.0, Noise(seed=4))])
+    assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("mode", ["fast", "secure"])
@@ -81,6 +165,23 @@ def test_no_draw_comes_twice() -> None:
     low, high = noise.normal(0, 0, 4), noise.normal(2**32, 0, 4)
     assert not torch.equal(low, high), "the draw number does not wrap at 32 bits"
     assert not torch.equal(low, noise.normal(0, 2**33, 4)), "nor does the offset"
+
+
+class SlowInt(int):
+    """Other threads run between reading it and writing the sum back; on a plain int CPython 3.11 never lets them."""
+
+    def __add__(self, other: int) -> SlowInt:
+        total = SlowInt(int(self) + other)
+        time.sleep(0)
+        return total
+
+
+def test_threads_get_different_draws() -> None:
+    noise = Noise(seed=0)
+    noise._draws = SlowInt(0)
+    with ThreadPoolExecutor(8) as pool:
+        draws = list(pool.map(lambda _: [int(noise.next_draw()) for _ in range(2000)], range(8)))
+    assert sorted(draw for some in draws for draw in some) == list(range(16000))
 
 
 def test_a_list_is_one_vector() -> None:
@@ -122,7 +223,10 @@ def _draw_in_child(noise: Noise, answers: multiprocessing.SimpleQueue[str]) -> N
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # forking a process with threads is what is tested
-def test_a_forked_noise_refuses() -> None:
+@pytest.mark.parametrize("reuse", [False, True], ids=["new pid", "pid of a process that ended"])
+def test_a_forked_noise_refuses(reuse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if reuse:
+        monkeypatch.setattr(noise_module, "os", SimpleNamespace(getpid=lambda: 7))
     context = multiprocessing.get_context("fork")
     answers = context.SimpleQueue()
     child = context.Process(target=_draw_in_child, args=(Noise(seed=0), answers))

@@ -17,6 +17,7 @@ from adamix_kernels.spec import AUTO_ORDER, FLOAT_DTYPES, OPS, Case, Op, Out, us
 
 DEVICES = {"torch": ("cpu", "cuda"), "cpp": ("cpu",), "triton": ("cuda",), "cuda": ("cuda",)}
 FLOAT32_TINIEST = 2.0**-149
+FLOAT32_NORMAL = torch.finfo(torch.float32).tiny  # no norm is reported below it
 
 
 def runs() -> Iterator[Any]:
@@ -67,11 +68,12 @@ def assert_close(out: Out, result: Tensor, expected: Tensor) -> None:
     assert torch.equal(result[infinite], expected[infinite]), f"{out.name}: Inf expected"
     result, expected = result[~infinite], expected[~infinite]
     size = expected.abs().max() if out.of_max and expected.numel() else expected.abs()
-    error = (result - expected).abs() - rtol * size - FLOAT32_TINIEST
+    error = (result - expected).abs() - rtol * size - (FLOAT32_NORMAL if out.never_below else FLOAT32_TINIEST)
     assert not (error > 0).any() and not result.isnan().any(), (
         f"{out.name}: off by {(result - expected).abs().max():.3g} where rtol is {rtol:.3g}"
     )
     if out.never_below:
+        assert (result >= FLOAT32_NORMAL).all(), f"{out.name}: denormal or zero"
         assert (result >= expected * (1 - 1e-14)).all(), f"{out.name}: below the exact value"
 
 
