@@ -36,12 +36,15 @@ class Whiten(nn.Module):
         centres = torch.zeros(int(labels.max()) + 1, x.shape[1], dtype=x.dtype, device=x.device)
         centres = centres.index_add(0, labels, x) / labels.bincount()[:, None].clamp(min=1)
         within = x - centres[labels]
-        values, vectors = torch.linalg.eigh(within.T @ within / len(x))
+        # S has at most N directions; the others all get f^-power, so d x d is never decomposed.
+        _, singular, directions = torch.linalg.svd(within, full_matrices=False)
+        values = singular.square() / len(x)
         # One row per class has no spread within classes: then there is nothing to whiten.
-        floor = values.mean() if values.mean() > 0 else torch.ones_like(values[0])
-        scales = (values.clamp(min=0) + floor) ** -power
+        floor = values.sum() / x.shape[1] if values.sum() > 0 else torch.ones_like(values[0])
+        scales = (values + floor) ** -power - floor**-power
+        identity = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
         self.register_buffer("mean", mean.float())
-        self.register_buffer("matrix", ((vectors * scales) @ vectors.T).float())
+        self.register_buffer("matrix", (floor**-power * identity + (directions.T * scales) @ directions).float())
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., d]` to `[..., d]`, of unit norm."""

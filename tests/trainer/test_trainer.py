@@ -182,6 +182,14 @@ def test_whitening() -> None:
     before = (x - torch.stack([x[y == c].mean(0) for c in range(3)])[y]).var(0)
     assert float(within.var(0).max() / within.var(0).min()) < 0.1 * float(before.max() / before.min())
     assert bool((Whiten(x, y)(x * 1e30).norm(dim=1) > 0.99).all()), "squares beyond float32 do not matter"
+    few, labels = x[:9, :].double(), y[:9]
+    unit = torch.nn.functional.normalize(few - few.mean(0), dim=1)
+    spread = unit - torch.stack([unit[labels == c].mean(0) for c in range(3)])[labels]
+    covariance = spread.T @ spread / 9
+    values, vectors = torch.linalg.eigh(covariance + covariance.trace() / 5 * torch.eye(5))
+    torch.testing.assert_close(
+        Whiten(few, labels).matrix.double(), (vectors * values**-0.5) @ vectors.T, rtol=1e-4, atol=1e-4
+    )
     one_each = Whiten(x[:3], y[:3])(x)
     assert bool(one_each.isfinite().all()), "one row per class has no spread"
     assert bool(Whiten(x, y)(Whiten(x, y).mean[None]).isfinite().all())
