@@ -159,7 +159,7 @@ def paragon_error(split: Split) -> float:
     outcomes: list[tuple[float, float]] = []  # error on the rows to judge by, error on the test rows
     for geometry in (nn.Identity(), Whiten(rows.x, rows.y)):
         for l2 in (1e-5, 1e-4, 1e-3, 1e-2):
-            head = nn.Linear(rows.x.shape[1], len(split.class_names))
+            head = nn.Linear(rows.x.shape[1], len(split.class_names), device=rows.x.device)
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
             with torch.no_grad():

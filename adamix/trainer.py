@@ -119,7 +119,7 @@ class AdaMix:
         warn_if_weak(config)
 
         geometry = Whiten(public.x, public.y) if config.geometry == "whiten" else None
-        head = self.model or _zero_head(public.x, classes)
+        head = _zero_head(public.x, classes) if self.model is None else self.model
         model = nn.Sequential(geometry, head) if geometry is not None else head
         inside_public, inside_private = _within(geometry, public), _within(geometry, private)
 
