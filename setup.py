@@ -16,7 +16,16 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-COMPILE = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"]
+COMPILE = [
+    "-O3",
+    "-std=c++17",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-Wall",
+    "-Wextra",
+]
 
 
 class NinjaBuild(build_ext):
@@ -60,7 +69,11 @@ class NinjaBuild(build_ext):
 
 setup(
     ext_modules=[
-        Extension("adamix_kernels._cpu", sources=["csrc/cpu/module.cpp", "csrc/cpu/norm.cpp"], optional=True),
+        Extension(
+            "adamix_kernels._cpu",
+            sources=sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cpu").glob("*.cpp")),
+            optional=True,
+        ),
     ],
     cmdclass={"build_ext": NinjaBuild},
 )

@@ -8,11 +8,14 @@ import math
 import warnings
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from adamix_kernels.ops._numerics import as_list
+from adamix_kernels.ops._numerics import as_list, sum_dtype
+from adamix_kernels.ops.clip import clip_sum
+from adamix_kernels.ops.noise import Noise, add_gaussian_noise_
 from adamix_kernels.ops.norm import grad_norm_sq
 
 
@@ -35,29 +38,75 @@ def unavailable() -> str | None:
     return module if isinstance(module, str) else None
 
 
-def _no_memory(grad_sample: Tensor | Sequence[Tensor]) -> str | None:
+def _no_memory(tensors: Sequence[Tensor]) -> str | None:
     """Kernels read memory by its address: tensors without any, or that only stand for others, are not for them."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return "tensor operations are being traced or replaced here; this backend runs outside of them"
-    for part in as_list(grad_sample):
+    for part in tensors:
         if part.device.type != "cpu":
-            return f"grad_sample is on {part.device}; this backend takes CPU tensors"
+            return f"a tensor is on {part.device}; this backend takes CPU tensors"
         if type(part) not in (Tensor, torch.nn.Parameter):
-            return f"grad_sample is a {type(part).__name__}; this backend takes plain tensors"
+            return f"a tensor is a {type(part).__name__}; this backend takes plain tensors"
         if torch._C._functorch.is_functorch_wrapped_tensor(part) or part._is_zerotensor():
-            return "grad_sample is inside a torch.func transform or has no storage; this backend takes plain tensors"
+            return "a tensor is inside a torch.func transform or has no storage; this backend takes plain tensors"
     return None
 
 
-@grad_norm_sq.register("cpp", unavailable=unavailable, refuses=_no_memory)
-def _grad_norm_sq(grad_sample: Tensor | Sequence[Tensor]) -> Tensor:
+def _module() -> ModuleType:
     module = load()
     assert isinstance(module, ModuleType)  # dispatch has asked `unavailable`
+    return module
+
+
+def _described(x: Tensor, elements: int) -> tuple[int, int, Any]:
+    return x.data_ptr(), elements, getattr(_module().DType, str(x.dtype).removeprefix("torch."))
+
+
+@grad_norm_sq.register("cpp", unavailable=unavailable, refuses=lambda grad_sample: _no_memory(as_list(grad_sample)))
+def _grad_norm_sq(grad_sample: Tensor | Sequence[Tensor]) -> Tensor:
     parts = [part.detach().contiguous() for part in as_list(grad_sample)]
     out = torch.empty(parts[0].shape[0], dtype=torch.float32, device="cpu")  # whatever the default device
-    described = [
-        (p.data_ptr(), math.prod(p.shape[1:]), getattr(module.DType, str(p.dtype).removeprefix("torch.")))
-        for p in parts
-    ]
-    module.grad_norm_sq(described, len(out), out.data_ptr(), torch.get_num_threads())
+    described = [_described(p, math.prod(p.shape[1:])) for p in parts]
+    _module().grad_norm_sq(described, len(out), out.data_ptr(), torch.get_num_threads())
     return out
+
+
+@clip_sum.register(
+    "cpp",
+    unavailable=unavailable,
+    refuses=lambda grad_sample, coef: _no_memory([*as_list(grad_sample), coef]),
+)
+def _clip_sum(grad_sample: Tensor | Sequence[Tensor], coef: Tensor) -> Any:
+    factors = coef.detach().double().contiguous()
+    sums = []
+    for part in as_list(grad_sample):
+        rows = part.detach().contiguous()
+        out = torch.empty(rows.shape[1:], dtype=sum_dtype(rows), device="cpu")
+        data, cols, dtype = _described(rows, out.numel())
+        _module().clip_sum(data, dtype, len(factors), cols, factors.data_ptr(), out.data_ptr(), torch.get_num_threads())
+        sums.append(out)
+    return sums[0] if isinstance(grad_sample, Tensor) else sums
+
+
+def _no_noise(tensor: Any, std: float | Tensor, noise: Noise) -> str | None:
+    parts = as_list(tensor)
+    if torch.is_grad_enabled() and any(part.requires_grad for part in parts):
+        return "a tensor requires grad; add noise under torch.no_grad()"
+    return _no_memory([*parts, std] if isinstance(std, Tensor) else parts)
+
+
+@add_gaussian_noise_.register("cpp", unavailable=unavailable, refuses=_no_noise)
+def _add_gaussian_noise_(tensor: Any, std: float | Tensor, noise: Noise) -> Any:
+    draw, offset = noise.next_draw(), 0
+    for part in as_list(tensor):
+        with torch.no_grad():
+            flat = (part if part.dtype == torch.float64 else part.float()).contiguous()
+            data, count, dtype = _described(flat, flat.numel())
+            _module().add_gaussian_noise(
+                data, dtype, count, float(std), noise._key, draw, offset, torch.get_num_threads()
+            )
+            if flat is not part:
+                part.copy_(flat)
+            torch.autograd.graph.increment_version(part)  # it was written behind torch's back
+        offset += part.numel()
+    return tensor

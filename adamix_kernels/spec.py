@@ -81,7 +81,7 @@ class Backend:
 
 @dataclass(eq=False)
 class Op(Generic[P, R]):
-    """A callable operation; see `define_op` for the fields."""
+    """A callable operation; see `define_op` for the fields. A reference may call other ops: they dispatch in turn."""
 
     name: str
     reference: Callable[P, R]

@@ -51,7 +51,7 @@ def add_mechanism_noise_(
     if noise_multiplier:
         assert noise is not None  # check_mechanism
         threshold = max_grad_norm.double() if isinstance(max_grad_norm, Tensor) else max_grad_norm
-        add_gaussian_noise_.reference(sums, noise_multiplier * threshold, noise)
+        add_gaussian_noise_(sums, noise_multiplier * threshold, noise)
 
 
 def clip_oracle(norm_sq: Tensor, max_grad_norm: float | Tensor) -> Tensor:
@@ -188,7 +188,7 @@ def clip_sum_noise(
 
     Source: Abadi et al. 2016 (arXiv 1607.00133), Algorithm 1.
     """
-    norm_sq = grad_norm_sq.reference(grad_sample)
-    sums = clip_sum.reference(grad_sample, clip_coef.reference(norm_sq, max_grad_norm))
+    norm_sq = grad_norm_sq(grad_sample)
+    sums = clip_sum(grad_sample, clip_coef(norm_sq, max_grad_norm))
     add_mechanism_noise_(sums, max_grad_norm, noise_multiplier, noise)
     return ClippedSum(sums, norm_sq)

@@ -168,5 +168,5 @@ def linear_clip_sum(
     sums = split_bias(total, bias)
     if isinstance(std, Tensor) or std:
         assert noise is not None  # _check_sum
-        add_gaussian_noise_.reference(sums, std, noise)
+        add_gaussian_noise_(sums, std, noise)
     return LinearSum(*weight_and_bias(sums))

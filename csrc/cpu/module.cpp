@@ -7,7 +7,9 @@
 #include <tuple>
 #include <vector>
 
+#include "clip.h"
 #include "isa.h"
+#include "noise.h"
 #include "norm.h"
 
 namespace py = pybind11;
@@ -36,4 +38,20 @@ PYBIND11_MODULE(_cpu, m) {
         adamix::grad_norm_sq(tensors, rows, reinterpret_cast<float*>(out), threads);
       },
       py::arg("parts"), py::arg("rows"), py::arg("out"), py::arg("threads"));
+  m.def(
+      "clip_sum",
+      [](uintptr_t data, DType dtype, int64_t rows, int64_t cols, uintptr_t coef, uintptr_t out, int threads) {
+        adamix::clip_sum(reinterpret_cast<const void*>(data), dtype, rows, cols, reinterpret_cast<const double*>(coef),
+                         reinterpret_cast<void*>(out), threads);
+      },
+      py::arg("data"), py::arg("dtype"), py::arg("rows"), py::arg("cols"), py::arg("coef"), py::arg("out"),
+      py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "add_gaussian_noise",
+      [](uintptr_t data, DType dtype, int64_t n, double std, const std::vector<uint32_t>& key, uint64_t draw,
+         uint64_t offset, int threads) {
+        adamix::add_gaussian_noise(reinterpret_cast<void*>(data), dtype, n, std, key, draw, offset, threads);
+      },
+      py::arg("data"), py::arg("dtype"), py::arg("n"), py::arg("std"), py::arg("key"), py::arg("draw"),
+      py::arg("offset"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 }

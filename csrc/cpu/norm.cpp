@@ -7,9 +7,10 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
+#include <type_traits>
 
+#include "convert.h"
 #include "isa.h"
 
 namespace adamix {
@@ -17,32 +18,6 @@ namespace {
 
 constexpr int64_t kBlock = 1 << 16;  // elements a thread takes at a time
 constexpr int kLanes = 32;           // independent accumulators: enough to hide the latency of the addition
-
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
-
-ADAMIX_INLINE float as_float(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-ADAMIX_INLINE double widen(double x) { return x; }
-ADAMIX_INLINE double widen(float x) { return x; }
-ADAMIX_INLINE double widen(BFloat16 x) { return as_float(static_cast<uint32_t>(x.bits) << 16); }
-// Bit arithmetic that a compiler vectorises without F16C, and right even where the processor flushes denormals.
-ADAMIX_INLINE double widen(Float16 x) {
-  const int32_t magnitude = x.bits & 0x7FFF;
-  const int32_t rebias = magnitude >= 0x7C00 ? 224 << 23 : 112 << 23;  // Inf and NaN keep the top exponent
-  const double normal = as_float((magnitude << 13) + rebias);
-  const double denormal = magnitude * 0x1p-24;
-  const double value = magnitude < 0x0400 ? denormal : normal;
-  return x.bits & 0x8000 ? -value : value;
-}
 
 template <class T>
 ADAMIX_INLINE double sum_sq(const T* x, int64_t n) {
@@ -106,12 +81,8 @@ void grad_norm_sq(const std::vector<Tensor>& tensors, int64_t rows, float* out, 
   int64_t terms = 0;
   for (const Tensor& tensor : tensors) {
     terms += tensor.cols;
-    switch (tensor.dtype) {
-      case DType::kFloat64: add_rows<double>(tensor, rows, total.data(), threads); break;
-      case DType::kFloat32: add_rows<float>(tensor, rows, total.data(), threads); break;
-      case DType::kBFloat16: add_rows<BFloat16>(tensor, rows, total.data(), threads); break;
-      case DType::kFloat16: add_rows<Float16>(tensor, rows, total.data(), threads); break;
-    }
+    dispatch(tensor.dtype,
+             [&](auto* type) { add_rows<std::remove_pointer_t<decltype(type)>>(tensor, rows, total.data(), threads); });
   }
   for (int64_t row = 0; row < rows; ++row) out[row] = round_up(total[row], terms);
 }

@@ -3,9 +3,9 @@
 #include <cstdint>
 #include <vector>
 
-namespace adamix {
+#include "convert.h"
 
-enum class DType { kFloat32, kBFloat16, kFloat16, kFloat64 };
+namespace adamix {
 
 // Rows of `cols` elements, contiguous.
 struct Tensor {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from types import ModuleType
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from adamix_kernels import BackendError, grad_norm_sq, native, use_backend
+from adamix_kernels import BackendError, Noise, add_gaussian_noise_, clip_sum, grad_norm_sq, native, use_backend
 
 
 @pytest.fixture
@@ -29,10 +29,29 @@ def norms(x: torch.Tensor) -> torch.Tensor:
         return grad_norm_sq(x)
 
 
+def sums(x: torch.Tensor) -> torch.Tensor:
+    with use_backend("cpp"):
+        return clip_sum(x, torch.linspace(0, 1, len(x)))
+
+
+def noisy(x: torch.Tensor, mode: str = "fast", first: int = 5) -> torch.Tensor:
+    """Noise from an odd offset on, as a list gives it."""
+    with use_backend("cpp"):
+        parts = [torch.zeros(first), x.clone()]
+        return add_gaussian_noise_(parts, 0.7, Noise._with_key(bytes(range(32)), mode))[1]
+
+
+def secure(x: torch.Tensor) -> torch.Tensor:
+    return noisy(x, "secure", first=130)
+
+
+@pytest.mark.parametrize("kernel", [norms, sums, noisy, secure])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_same_bits_for_every_instruction_set_and_thread_count(module: ModuleType, dtype: torch.dtype) -> None:
+def test_same_bits_for_every_instruction_set_and_thread_count(
+    module: ModuleType, dtype: torch.dtype, kernel: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
     x = torch.randn(3, 150_001, generator=torch.Generator().manual_seed(0)).to(dtype)
-    expected, threads, tried = norms(x), torch.get_num_threads(), 0
+    expected, threads, tried = kernel(x), torch.get_num_threads(), 0
     try:
         for isa in module.Isa.__members__.values():
             if int(isa) > int(module.best_isa()):
@@ -40,11 +59,40 @@ def test_same_bits_for_every_instruction_set_and_thread_count(module: ModuleType
             module.use_isa(isa)
             for count in (1, 2, 3):
                 torch.set_num_threads(count)
-                assert torch.equal(norms(x), expected)
+                assert torch.equal(kernel(x), expected)
                 tried += 1
     finally:
         torch.set_num_threads(threads)
     assert tried >= 3
+
+
+@pytest.mark.parametrize("mode", ["fast", "secure"])
+@pytest.mark.parametrize("first", [0, 1, 127, 128, 1001])
+def test_noise_is_that_of_the_reference(module: ModuleType, mode: str, first: int) -> None:
+    reference = Noise._with_key(bytes(range(32)), mode).normal(0, first, 70_001)
+    compiled = noisy(torch.zeros(70_001, dtype=torch.float64), mode, first) / 0.7
+    assert float((compiled - reference).abs().max()) < 1e-13
+
+
+@pytest.mark.parametrize("mode", ["fast", "secure"])
+def test_noise_of_late_draws_and_large_offsets(module: ModuleType, mode: str) -> None:
+    for draw, offset in [(2**32 + 7, 0), (3, 2**35 + 11), (2**40, 2**40 + 1)]:
+        noise, out = Noise._with_key(bytes(range(32)), mode), torch.zeros(300, dtype=torch.float64)
+        module.add_gaussian_noise(out.data_ptr(), module.DType.float64, 300, 1.0, noise._key, draw, offset, 1)
+        assert float((out - noise.normal(draw, offset, 300)).abs().max()) < 1e-13
+
+
+def test_writes_stay_inside_and_are_seen_by_autograd(module: ModuleType) -> None:
+    whole = torch.full((400,), 7.0)
+    with use_backend("cpp"):
+        add_gaussian_noise_(whole[100:301], 1.0, Noise(seed=0))
+    assert bool((whole[:100] == 7).all() and (whole[301:] == 7).all() and (whole[100:301] != 7).all())
+    assert whole._version > 0
+    leaf = torch.zeros(3, requires_grad=True)
+    with use_backend("cpp"), pytest.raises(BackendError, match="requires grad"):
+        add_gaussian_noise_(leaf, 1.0, Noise(seed=0))
+    with use_backend("cpp"), torch.no_grad():
+        assert add_gaussian_noise_(leaf, 1.0, Noise(seed=0)) is leaf and bool(leaf.any())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
