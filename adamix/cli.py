@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
@@ -45,6 +46,12 @@ def add_command(commands: Commands, name: str, run: Callable[[argparse.Namespace
 def console_of(arguments: argparse.Namespace) -> Console:
     """Tables go to stdout, or with --json to stderr."""
     return Console(stderr=arguments.json, highlight=False)
+
+
+def progress_bar() -> Progress:
+    """On stderr, gone at the end, and only where somebody looks."""
+    console = Console(stderr=True)
+    return Progress(console=console, transient=True, disable=not console.is_terminal)
 
 
 # --- train -----------------------------------------------------------------------------------------------------------
@@ -123,7 +130,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     if settings["expected_batch_size"] is None:
         settings["expected_batch_size"] = _expected_batch_size(split, settings["sample_rate"])
     trainer = AdaMix(**settings)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    with progress_bar() as progress:
         task = progress.add_task("private steps", total=trainer.config.steps)
         result = trainer.fit(
             public=split.public, private=split.private, test=split.test, on_step=lambda _: progress.advance(task)
@@ -139,7 +146,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     _show_run(console, summary, split)
     if arguments.out is not None:
         write_run(arguments.out, result, summary)
-        console.print(f"Run folder: {arguments.out}")
+        console.print(f"Run folder: {arguments.out}", markup=False)
     return summary
 
 
@@ -147,7 +154,7 @@ def _device(name: str | None) -> torch.device:
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device).sum().item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch says so in either way
+    except Exception as error:  # torch says so in many ways
         raise InputError(f"device: {name!r} cannot be used ({one_line(error)}); pass cpu") from error
     return device
 
@@ -186,7 +193,7 @@ def summarise(result: Result, split: Split, seed: int) -> dict[str, Any]:
 
 def _show_run(console: Console, summary: dict[str, Any], split: Split) -> None:
     size = "" if split.expected_batch_size is None else f", {split.expected_batch_size} private rows"
-    table = Table(title=f"{split.name}: {len(split.public.y)} public rows{size}")
+    table = Table(title=f"{escape(split.name)}: {len(split.public.y)} public rows{size}")
     for column in ("", "test error %", "epsilon", "delta"):
         table.add_column(column, justify="left" if not column else "right")
     table.add_row("public only", f"{summary['public_error']:.2f}", "0", "0")
@@ -200,7 +207,8 @@ def _show_run(console: Console, summary: dict[str, Any], split: Split) -> None:
         table.add_row("without privacy (paragon)", f"{summary['paragon_error']:.2f}", "inf", "-")
     console.print(table)
     console.print(
-        f"noise multiplier {summary['noise_multiplier']:.4g}, {summary['steps']} steps. Data: {split.source}."
+        f"noise multiplier {summary['noise_multiplier']:.4g}, {summary['steps']} steps. Data: {split.source}.",
+        markup=False,
     )
     if "paragon_error" in summary:
         console.print("The paragon reads private rows without noise: it is outside the guarantee.")
@@ -229,7 +237,9 @@ def run_features(arguments: argparse.Namespace) -> dict[str, Any]:
         batch_size=arguments.batch_size,
     )
     rows, width = found.x.shape
-    console_of(arguments).print(f"{rows} rows of {width} features, {len(found.class_names)} classes: {arguments.out}")
+    console_of(arguments).print(
+        f"{rows} rows of {width} features, {len(found.class_names)} classes: {arguments.out}", markup=False
+    )
     return {"method": "features", "rows": rows, "features": width, "classes": len(found.class_names)}
 
 

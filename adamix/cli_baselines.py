@@ -6,12 +6,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from adamix import baselines
-from adamix.cli import Commands, add_command, console_of
+from adamix.cli import Commands, add_command, console_of, progress_bar
 from adamix.config import Config
 from adamix.data import DEFAULT_SOURCE, load_split
 from adamix.datasets import BENCHMARKS
@@ -46,7 +44,7 @@ def run_baselines(arguments: argparse.Namespace) -> dict[str, Any]:
         load_split(arguments.data, shots=shots, private_rows=private_rows)
     console, records, markdown = console_of(arguments), [], []
     total = len(grid) * baselines.runs_per_setting(methods, arguments.seeds, arguments.searches)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    with progress_bar() as progress:
         task = progress.add_task(f"{arguments.data}: training", total=total)
         for shots, private_rows, epsilon in grid:
             splits = [
@@ -75,7 +73,7 @@ def run_baselines(arguments: argparse.Namespace) -> dict[str, Any]:
             console.print(_table(records[-1]))
             markdown.append(_markdown(records[-1]))
     if out is not None:
-        out.write_text("\n".join(markdown))
+        out.write_text("\n".join(markdown), encoding="utf-8")
     return {"method": "baselines", "settings": records}
 
 
@@ -116,7 +114,7 @@ def _title(record: dict[str, Any]) -> str:
 
 def _cells(record: dict[str, Any]) -> list[tuple[str, str, str]]:
     return [
-        (row["method"], f"{row['test_error']:.1f} ± {row['spread']:.1f}", _percent(row["error_increase"]))
+        (row["method"], f"{row['test_error']:.1f} +- {row['spread']:.1f}", _percent(row["error_increase"]))
         for row in record["rows"]
     ]
 

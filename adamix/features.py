@@ -125,7 +125,7 @@ def _device(device: str | torch.device | None) -> torch.device:
     try:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:  # an unknown name, or a backend that this torch or machine lacks
+    except Exception as error:  # an unknown name, or a backend that this torch or machine lacks
         raise InputError(f"device: {device!r} cannot be used here; pass 'cpu' or leave it out") from error
     return chosen
 

@@ -21,7 +21,8 @@ class Whiten(nn.Module):
     """
 
     mean: Tensor
-    matrix: Tensor
+    directions: Tensor
+    scales: Tensor
 
     def __init__(self, features: Tensor, labels: Tensor, power: float = 0.5) -> None:
         super().__init__()
@@ -36,18 +37,20 @@ class Whiten(nn.Module):
         centres = torch.zeros(int(labels.max()) + 1, x.shape[1], dtype=x.dtype, device=x.device)
         centres = centres.index_add(0, labels, x) / labels.bincount()[:, None].clamp(min=1)
         within = x - centres[labels]
-        # S has at most N directions; the others all get f^-power, so d x d is never decomposed.
+        # S has at most N directions; the others all get f^-power, so no d x d matrix is made.
         _, singular, directions = torch.linalg.svd(within, full_matrices=False)
         values = singular.square() / len(x)
         # One row per class has no spread within classes: then there is nothing to whiten.
         floor = values.sum() / x.shape[1] if values.sum() > 0 else torch.ones_like(values[0])
-        scales = (values + floor) ** -power - floor**-power
-        identity = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+        # Relative to the others: the result is of unit norm anyway.
+        scales = (values / floor + 1) ** -power - 1
         self.register_buffer("mean", mean.float())
-        self.register_buffer("matrix", (floor**-power * identity + (directions.T * scales) @ directions).float())
+        self.register_buffer("directions", directions.float())
+        self.register_buffer("scales", scales.float())
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., d]` to `[..., d]`, of unit norm."""
         x = x - self.mean
         x = x / x.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)  # squares stay in range
-        return normalize(normalize(x, dim=-1) @ self.matrix, dim=-1)
+        x = normalize(x, dim=-1)
+        return normalize(x + x @ self.directions.T * self.scales @ self.directions, dim=-1)

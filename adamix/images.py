@@ -68,7 +68,7 @@ def _folder(root: Path) -> ImageSource:
         (file, label)
         for label, name in enumerate(class_names)
         for file in sorted((root / name).rglob("*"))
-        if file.suffix.lower() in _SUFFIXES and not file.name.startswith(".")
+        if file.suffix.lower() in _SUFFIXES and file.is_file() and not file.name.startswith(".")
     ]
     if not files:
         raise InputError(
@@ -84,7 +84,7 @@ def _folder(root: Path) -> ImageSource:
         try:
             with image.open(files[row][0]) as picture:
                 return image_ops.exif_transpose(picture).convert("RGB")
-        except (OSError, ValueError, SyntaxError, image.DecompressionBombError) as error:
+        except Exception as error:  # decoders raise many types on damaged files
             raise InputError(
                 f"source: image {files[row][0]} cannot be read ({one_line(error)}); replace or remove it"
             ) from error

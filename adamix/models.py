@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -23,9 +25,10 @@ _CHUNK_ELEMENTS = 1 << 24
 class Trainable:
     """A classifier seen as a vector of its trainable parameters `[P]`; gradients come from `torch.func`.
 
-    Gradients are taken in eval mode, on a copy of the module that is then dropped. Dropout masks would come from
-    torch's generator, and counters or running statistics would stay in the module: either would tell how many private
-    rows were seen, past the mechanism.
+    Gradients are taken in eval mode, each chunk on a fresh copy of the module that is then dropped, with generators as
+    they were. Dropout masks would come from torch's generator, and counters or caches would stay in the module: either
+    would let private rows be felt past the mechanism. What a forward pass writes elsewhere (globals, closures, files)
+    is outside the guarantee.
 
     Args:
         module: any module that treats the samples of a batch independently and returns logits `[N, classes]`.
@@ -45,6 +48,11 @@ class Trainable:
         if not named:
             raise InputError("model: it has no trainable parameter; set requires_grad on those to train")
         for name, child in module.named_modules():
+            if child._forward_hooks or child._forward_pre_hooks:
+                raise InputError(
+                    f"model: {name or 'the model'} has forward hooks, which would see private rows; remove them (for "
+                    "weight and spectral norm use torch.nn.utils.parametrizations)"
+                )
             if isinstance(child, nn.modules.batchnorm._BatchNorm):
                 raise InputError(
                     f"model: {name or 'the model'} is {type(child).__name__}, which mixes the samples of a batch, so "
@@ -68,11 +76,15 @@ class Trainable:
         few = Rows(public.x[:3], public.y[:3])
         try:
             with torch.no_grad():
+                self._copy()(public.x)
                 together, alone = self._copy()(few.x), self._copy()(few.x[:1])
+            with eval_mode(self.module):
+                self.module(few.x)
+            self._copy()  # a module that keeps an activation can be copied before its first pass, not after
         except Exception as error:  # whatever a forward pass raises, the input and the model do not go together
             shape = list(few.x.shape)
             raise InputError(
-                f"model: it fails on rows of shape {shape}, {few.x.dtype} ({one_line(error)}); pass rows that it takes"
+                f"model: it fails on rows of shape {shape}, {few.x.dtype} ({one_line(error)}); see its message"
             ) from error
         if not isinstance(together, Tensor) or together.dim() != 2 or together.shape[1] < classes:
             found = list(together.shape) if isinstance(together, Tensor) else type(together).__name__
@@ -108,9 +120,10 @@ class Trainable:
 
     def grad_sample(self, rows: Rows) -> Iterator[Tensor]:
         """Per-sample gradients in chunks `[b, P]`, together `[N, P]`."""
-        module = self._copy()
         for part in self._chunks(rows):
-            yield self._chunk_grad_sample(module, part)
+            with _generators_kept():
+                grads = self._chunk_grad_sample(self._copy(), part)
+            yield grads
 
     def grad_sum(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         """For public rows: the exact gradient sum `[P]`, squared norms `[layers, N]` and summed loss, in one pass."""
@@ -132,8 +145,7 @@ class Trainable:
         def combined(logits: Tensor, _: Tensor) -> Tensor:
             return (logits[:, ::2].sum() - logits[:, 1::2].sum()) / logits.shape[1] ** 0.5
 
-        module = self._copy()
-        return torch.cat([self._vmap_grad(module, combined, part) for part in self._chunks(rows)])
+        return torch.cat([self._vmap_grad(self._copy(), combined, part) for part in self._chunks(rows)])
 
     def _copy(self) -> nn.Module:
         """A copy in eval mode that shares the parameters, for passes that must leave no trace."""
@@ -160,7 +172,7 @@ class Trainable:
 
         try:
             grads = torch.func.vmap(torch.func.grad(loss), (None, 0, 0), randomness="error")(trainable, rows.x, rows.y)
-        except RuntimeError as error:
+        except Exception as error:  # whatever a forward pass raises
             raise InputError(
                 f"model: per-sample gradients of it failed ({one_line(error)}); use modules that torch.func.vmap "
                 "takes, without randomness in eval mode"
@@ -203,7 +215,19 @@ class SoftmaxHead(Trainable):
 
 def trainable(module: nn.Module) -> Trainable:
     """The fastest view of `module`."""
-    return SoftmaxHead(module) if type(module) is nn.Linear else Trainable(module)
+    plain = type(module) is nn.Linear and list(module._parameters) == ["weight", "bias"]  # not a pruned one
+    return SoftmaxHead(module) if isinstance(module, nn.Linear) and plain else Trainable(module)
+
+
+@contextmanager
+def _generators_kept() -> Iterator[None]:
+    """Leaves Python's and NumPy's global generators as they were; torch's is refused by `vmap`."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 @contextmanager

@@ -18,23 +18,28 @@ from scipy import optimize
 
 from adamix.config import Config
 
-#: The least noise multiplier that calibration for Poisson batches goes below.
+#: The least noise multiplier for which Poisson batches are accounted as such.
 _LEAST = 0.5
 
 
 @functools.lru_cache(maxsize=256)  # Poisson batches: up to seconds a value
 def spent(noise_multiplier: float, *, delta: float, steps: int, sample_rate: float = 1.0) -> float:
-    """Epsilon of `steps` steps at `delta`. Inf without noise, 0 before the first step."""
+    """Epsilon of `steps` steps at `delta`. Inf without noise, 0 before the first step.
+
+    Sampling never costs more than full batches, so their exact value is an upper bound: it is used where it is the
+    smaller, and where there is so little noise that the loss distributions grow beyond memory.
+    """
     if steps == 0:
         return 0.0
     if noise_multiplier == 0:
         return math.inf
-    if sample_rate == 1:
-        return float(dp_accounting.get_epsilon_gaussian(noise_multiplier / math.sqrt(steps), delta))
+    full = float(dp_accounting.get_epsilon_gaussian(noise_multiplier / math.sqrt(steps), delta))
+    if sample_rate == 1 or noise_multiplier < _LEAST:
+        return full
     accountant = PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
     step = dp_accounting.PoissonSampledDpEvent(sample_rate, dp_accounting.GaussianDpEvent(noise_multiplier))
     accountant.compose(dp_accounting.SelfComposedDpEvent(step, steps))
-    return float(accountant.get_epsilon(delta))
+    return min(full, float(accountant.get_epsilon(delta)))
 
 
 def spent_by_step(noise_multiplier: float, *, delta: float, steps: int, sample_rate: float = 1.0) -> list[float]:
@@ -49,8 +54,8 @@ def spent_by_step(noise_multiplier: float, *, delta: float, steps: int, sample_r
 def calibrate(epsilon: float, *, delta: float, steps: int, sample_rate: float = 1.0) -> float:
     """The smallest noise multiplier, rounded up, with which `steps` steps cost at most `epsilon` at `delta`.
 
-    With full batches `spent` of it is within 1e-6 of `epsilon`, never above. With very small sample rates, where noise
-    of less than half the threshold would do, it is larger than needed.
+    With full batches `spent` of it is within 1e-6 of `epsilon`, never above. With very small sample rates, where less
+    noise than the threshold would do, it may be larger than needed.
     """
     if math.isinf(epsilon):
         return 0.0
@@ -63,16 +68,15 @@ def calibrate(epsilon: float, *, delta: float, steps: int, sample_rate: float = 
     def excess(noise_multiplier: float) -> float:
         return spent(noise_multiplier, delta=delta, steps=steps, sample_rate=sample_rate) - epsilon
 
-    # Sampling only helps, so `full` is an upper end; the lower end is found by halving. Below _LEAST the loss
-    # distributions grow beyond memory, and more noise than needed is on the safe side.
+    # `full` is an upper end; the lower one is found by halving.
     high = full
-    while high > _LEAST and excess(high / 2) <= 0:
+    while high / 2 >= _LEAST and excess(high / 2) <= 0:
         high /= 2
-    if high <= _LEAST:
+    if high / 2 < _LEAST:
         return high
-    found = _round_up(float(optimize.brentq(excess, high / 2, high, rtol=1e-8))) if excess(high) < 0 else high
-    while excess(found) > 0:
-        found = _round_up(found * (1 + 1e-8))
+    found, growth = _round_up(float(optimize.brentq(excess, high / 2, high, rtol=1e-8))), 1e-8
+    while excess(found) > 0 and found < high:
+        found, growth = min(high, _round_up(found * (1 + growth))), 2 * growth
     return found
 
 

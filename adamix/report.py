@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from adamix.errors import InputError
 from adamix.storage import one_line
-from adamix.trainer import Result
+from adamix.trainer import Result, tensors_of
 
 
 def check_out(out: str | Path) -> Path:
@@ -31,6 +31,8 @@ def check_out(out: str | Path) -> Path:
             for parent in missing:
                 if parent.exists():
                     parent.rmdir()
+    except InputError:  # a ValueError as well
+        raise
     except (OSError, ValueError) as error:
         raise _cannot_write(path, error) from error
     return path
@@ -56,8 +58,8 @@ def write_run(out: str | Path, result: Result, summary: dict[str, Any]) -> None:
         with (staging / "metrics.jsonl").open("w") as file:
             for record in step_records(result):
                 file.write(to_json(record) + "\n")
-        save_file({k: v.contiguous() for k, v in result.model.state_dict().items()}, staging / "weights.safetensors")
-        save_file({k: v.contiguous() for k, v in result.public_state.items()}, staging / "public_weights.safetensors")
+        save_file(tensors_of(result.model), staging / "weights.safetensors")
+        save_file(result.public_state, staging / "public_weights.safetensors")
         plot_run(result, staging / "run.png")
         staging.chmod(0o755)
         staging.replace(path)  # an empty folder may stand there

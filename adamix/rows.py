@@ -96,12 +96,14 @@ def check_classes_present(y_public: Tensor, num_classes: int, class_names: Seque
 
 
 def check_same_shape(name: str, rows: Rows, public: Rows) -> None:
-    """InputError if the shape of one row of `rows` is not that of a public row."""
+    """InputError if a row of `rows` has not the shape and type of a public row."""
     if rows.x.shape[1:] != public.x.shape[1:]:
         raise InputError(
             f"{name}: rows have shape {list(rows.x.shape[1:])} but public rows have {list(public.x.shape[1:])}; "
             "pass the same features for both"
         )
+    if rows.x.dtype != public.x.dtype:
+        raise InputError(f"{name}: x is {rows.x.dtype} but public x is {public.x.dtype}; pass the same type for both")
 
 
 def check_disjoint(first_x: Tensor, second_x: Tensor, names: tuple[str, str] = ("public", "private")) -> None:

@@ -54,8 +54,8 @@ def make_schedule(model: Trainable, public: Rows, start: Tensor, config: Config,
     the curvature of the public loss stays within _STABLE; the curvature is half the largest eigenvalue of the mean
     outer product of those gradients, which bounds it for a softmax head and estimates it otherwise. Where this limit
     binds, a small threshold would waste signal without sparing noise, so tau is raised to lr / limit: the noise is
-    then the same, and less is clipped. It is never raised above the quantile at the weights the model came with, the
-    scale of gradients that nothing has fitted yet.
+    then the same, and less is clipped. It is never raised above the quantile at the weights the model came with (of
+    whole gradients, also with a subspace), the scale of gradients that nothing has fitted yet.
 
     Args:
         start: those weights `[P]`.

@@ -128,7 +128,7 @@ class AdaMix:
         start = view.weights()
         fit_public(view, inside_public, l2=config.public_l2, steps=config.public_steps)
         anchor = view.weights()
-        public_state = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        public_state = tensors_of(model)
         public_error = None if test is None else error_rate(model, test)
 
         if not config.warm_start:
@@ -159,6 +159,12 @@ class AdaMix:
         if isinstance(self.model, nn.Linear):
             return self.model.out_features
         return int(public.y.max()) + 1
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of its state_dict, each a copy of its own (tied weights too)."""
+    state = model.state_dict().items()
+    return {name: value.detach().clone().contiguous() for name, value in state if isinstance(value, Tensor)}
 
 
 def _zero_head(x: Tensor, classes: int) -> nn.Linear:

@@ -40,7 +40,7 @@ def unavailable() -> str | None:
 
 def _no_memory(tensors: Sequence[Tensor]) -> str | None:
     """Kernels read memory by its address: tensors without any, or that only stand for others, are not for them."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() or torch._C._len_torch_dispatch_stack():
         return "tensor operations are being traced or replaced here; this backend runs outside of them"
     for part in tensors:
         if part.device.type != "cpu":

@@ -156,3 +156,11 @@ def test_plain_tensors_are_taken(module: ModuleType) -> None:
         assert norms(one).tolist() == grad_norm_sq.reference(one).tolist()
     with torch.device("meta"):  # the default of what is made, not of what is given
         assert norms(x).tolist() == pytest.approx([4.0] * 3)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated, and warns of every shape it fixes
+def test_tracing_takes_the_reference(module: ModuleType) -> None:
+    """A kernel's result is memory that a trace knows nothing of."""
+    traced = torch.jit.trace(lambda x: grad_norm_sq(x), torch.ones(2, 3), check_trace=False)
+    x = torch.tensor([[3.0, 4.0, 0.0], [1.0, 2.0, 2.0]])
+    torch.testing.assert_close(traced(x), torch.tensor([25.0, 9.0]))

@@ -265,6 +265,14 @@ def test_ablations_are_one_flag_each(files: dict[str, str], capsys: pytest.Captu
     assert main([*options(files, quantile="none"), "--max-grad-norm", "0.5"]) == 0
 
 
+def test_paths_are_not_markup(files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "[" / "b]"
+    assert main(options(files, out=out)) == 0
+    assert main([*options(files), "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert "exists already; name a new folder" in error and "cannot be written" not in error
+
+
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "--json"]) == 0
     info = last_json(capsys)

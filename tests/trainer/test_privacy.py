@@ -35,6 +35,22 @@ def test_poisson_stays_within_the_budget_and_needs_less_noise(sample_rate: float
     assert sigma < calibrate(2.0, delta=1e-5, steps=steps)
 
 
+@pytest.mark.parametrize(
+    ("epsilon", "delta", "steps", "sample_rate"),
+    [
+        (1e-3, 1e-5, 20, 0.9999),
+        (1000.0, 1e-5, 20, 0.999),
+        (3.0, 1e-300, 20, 0.1),
+        (3.0, 1e-5, 1, 1e-6),
+        (3.0, 1e-5, 1, 1e-300),
+    ],
+)
+def test_awkward_poisson_budgets_end_and_hold(epsilon: float, delta: float, steps: int, sample_rate: float) -> None:
+    sigma = calibrate(epsilon, delta=delta, steps=steps, sample_rate=sample_rate)
+    assert spent(sigma, delta=delta, steps=steps, sample_rate=sample_rate) <= epsilon
+    assert sigma <= calibrate(epsilon, delta=delta, steps=steps)
+
+
 def test_poisson_of_rate_one_is_full_batch() -> None:
     assert spent(5.0, delta=1e-5, steps=10, sample_rate=1.0) == spent(5.0, delta=1e-5, steps=10)
     nearly = spent(5.0, delta=1e-5, steps=10, sample_rate=1 - 1e-9)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import random
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adamix import AdaMix, InputError, Rows
+from adamix import AdaMix, InputError, Rows, models
 from adamix.geometry import Whiten
 from adamix.mechanism import Mechanism, clipped_sums
-from adamix.models import trainable
+from adamix.models import SoftmaxHead, Trainable, trainable
 from adamix.private_phase import Step
 
 pytestmark = pytest.mark.filterwarnings("ignore:noise_seed")
@@ -42,6 +43,36 @@ class Wanton(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x + 1e-9 * torch.rand_like(x))
+
+
+class Keeping(nn.Linear):
+    """Keeps an activation, so that it cannot be copied afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = super().forward(x)
+        return self.last
+
+
+def hooked() -> nn.Module:
+    model = nn.Linear(8, 4)
+    model.register_forward_hook(lambda *_: None)
+    return model
+
+
+class Alternating(nn.Sequential):
+    """Its gradient depends on how often it was called, and it moves Python's generator."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(8, 4))
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        random.random()
+        return super().forward(x) * (1 if self.calls % 2 else -1)  # type: ignore[no-any-return]
 
 
 class Counting(nn.Sequential):
@@ -187,9 +218,8 @@ def test_whitening() -> None:
     spread = unit - torch.stack([unit[labels == c].mean(0) for c in range(3)])[labels]
     covariance = spread.T @ spread / 9
     values, vectors = torch.linalg.eigh(covariance + covariance.trace() / 5 * torch.eye(5))
-    torch.testing.assert_close(
-        Whiten(few, labels).matrix.double(), (vectors * values**-0.5) @ vectors.T, rtol=1e-4, atol=1e-4
-    )
+    expected = torch.nn.functional.normalize(unit @ (vectors * values**-0.5) @ vectors.T, dim=1)
+    torch.testing.assert_close(Whiten(few, labels)(few.float()).double(), expected, rtol=1e-4, atol=1e-5)
     one_each = Whiten(x[:3], y[:3])(x)
     assert bool(one_each.isfinite().all()), "one row per class has no spread"
     assert bool(Whiten(x, y)(Whiten(x, y).mean[None]).isfinite().all())
@@ -284,6 +314,8 @@ def test_required_settings() -> None:
         (nn.LazyLinear(4), "model: parameter weight has no shape yet"),
         (Mixing(), "model: its output for a row changes with the other rows"),
         (Wanton(), "model: per-sample gradients of it failed .* randomness"),
+        (hooked(), "model: the model has forward hooks, which would see private rows"),
+        (Keeping(), "model: it fails on rows .* see its message"),
         (len, "model: is builtin_function_or_method; pass an nn.Module"),
     ],
 )
@@ -312,6 +344,27 @@ def test_private_rows_leave_no_trace_in_generators_modes_or_state() -> None:
         outcomes.append((result.steps, weights, model.seen, torch.get_rng_state().tolist()))
         assert model.training and model[1].training
     assert outcomes[0] == outcomes[1] == outcomes[2] and model.seen > 0
+
+
+def test_state_in_python_does_not_widen_what_a_row_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "_CHUNK_ELEMENTS", 36)  # one row a chunk
+    view = trainable(Alternating())
+    sums, states = [], []
+    for first in (0, 1):
+        random.seed(0)
+        rows = Rows(PRIVATE.x[first:20], PRIVATE.y[first:20])
+        sums.append(torch.cat(clipped_sums(view, rows, torch.tensor([0.5]), None)))
+        states.append(random.random())
+    assert float((sums[0] - sums[1]).norm()) <= 0.5 * (1 + 1e-6)
+    assert states[0] == states[1]
+
+
+def test_a_pruned_linear_is_no_softmax_head() -> None:
+    model = nn.Linear(8, 4)
+    del model.weight
+    model.weight_orig = nn.Parameter(torch.zeros(4, 8))
+    assert type(trainable(model)) is Trainable
+    assert type(trainable(nn.Linear(8, 4))) is SoftmaxHead
 
 
 def test_dropout_does_not_widen_what_a_row_can_do() -> None:
