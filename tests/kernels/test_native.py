@@ -161,6 +161,10 @@ def test_plain_tensors_are_taken(module: ModuleType) -> None:
 @pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated, and warns of every shape it fixes
 def test_tracing_takes_the_reference(module: ModuleType) -> None:
     """A kernel's result is memory that a trace knows nothing of."""
-    traced = torch.jit.trace(lambda x: grad_norm_sq(x), torch.ones(2, 3), check_trace=False)
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return grad_norm_sq(x)
+
+    traced = torch.jit.trace(function, torch.ones(2, 3), check_trace=False)
     x = torch.tensor([[3.0, 4.0, 0.0], [1.0, 2.0, 2.0]])
     torch.testing.assert_close(traced(x), torch.tensor([25.0, 9.0]))
