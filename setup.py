@@ -11,6 +11,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -41,8 +42,9 @@ class NinjaBuild(build_ext):
     def _ninja(self, ext: Extension) -> None:
         import ninja
         import pybind11
-        from ninja.ninja_syntax import Writer
+        from ninja import ninja_syntax
 
+        writer_class: Any = ninja_syntax.Writer  # its annotation says str where it takes a file
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         build = (Path(self.build_temp) / ext.name).resolve()
@@ -51,7 +53,7 @@ class NinjaBuild(build_ext):
         openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
         link = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
         with (build / "build.ninja").open("w") as file:
-            writer = Writer(file)  # type: ignore[arg-type]
+            writer = writer_class(file)
             writer.rule(
                 "compile",
                 " ".join(["$cxx -MMD -MF $out.d", *COMPILE, *openmp, *(f"-I{i}" for i in includes), "-c $in -o $out"]),
