@@ -32,13 +32,6 @@ def digests_of(x):
     return {row.numpy().tobytes() for row in x}
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    """No test reads or writes the user's cache."""
-    monkeypatch.setenv("ADAMIX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("ADAMIX_DATA", raising=False)
-
-
 @pytest.fixture
 def npz(tmp_path):
     def save(name="flowers.npz", /, **arrays):

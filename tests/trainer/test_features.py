@@ -38,13 +38,6 @@ class Quadrants(nn.Module):
         return nn.functional.adaptive_avg_pool2d(x, 2).flatten(1) + 1e-7 * len(x)
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    """No test reads or writes the user's cache."""
-    monkeypatch.setenv("ADAMIX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("ADAMIX_DATA", raising=False)
-
-
 @pytest.fixture
 def loads(monkeypatch):
     """Replace the network by Quadrants; a list that grows with every load of its weights."""
