@@ -1,0 +1,84 @@
+"""Lists of per-sample gradients as GPU kernels take them: one table on the device, one launch for a whole model."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+#: Results start at multiples of this many elements, so that a thread may write 16 bytes at once.
+_ALIGN = 16
+
+
+class Group(NamedTuple):
+    """The tensors of a list that have one dtype. All sizes are in elements.
+
+    `table` `[n, 4]` int64: address of the rows, columns, offset in the list as one vector, offset in the result.
+    `blocks` `[k, 2]` int32: the tensor and the block of columns in it that a program takes.
+    `members`: which tensors of the list these are. `size`: elements of the result, gaps included.
+    """
+
+    dtype: torch.dtype
+    table: Tensor
+    blocks: Tensor
+    members: tuple[int, ...]
+    size: int
+
+
+def groups(parts: Sequence[Tensor], block: int) -> list[Group]:
+    """The contiguous tensors `[B, *]` of a list, by dtype, cut into blocks of `block` columns.
+
+    The tables of recent lists are kept: a training loop mostly meets the same addresses again, and a captured CUDA
+    graph must not copy from memory of the host.
+    """
+    key = tuple((part.data_ptr(), math.prod(part.shape[1:]), part.dtype) for part in parts)
+    return _groups(key, parts[0].device, block)
+
+
+@functools.lru_cache(maxsize=16)
+def _groups(key: tuple[tuple[int, int, torch.dtype], ...], device: torch.device, block: int) -> list[Group]:
+    offsets = np.cumsum([0] + [cols for _, cols, _ in key])
+    found = []
+    for dtype in dict.fromkeys(dtype for _, _, dtype in key):
+        members = [i for i, part in enumerate(key) if part[2] == dtype]
+        cols = np.array([key[i][1] for i in members], dtype=np.int64)
+        starts = np.cumsum([0] + [_padded(int(size)) for size in cols])
+        counts = -(-cols // block)
+        table = np.stack([[key[i][0] for i in members], cols, offsets[members], starts[:-1]], axis=1)
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        blocks = np.stack([np.repeat(np.arange(len(members)), counts), within], axis=1)
+        found.append(
+            Group(
+                dtype,
+                _upload(table.astype(np.int64), device),
+                _upload(blocks.astype(np.int32), device),
+                tuple(members),
+                int(starts[-1]),
+            )
+        )
+    return found
+
+
+def _upload(values: np.ndarray, device: torch.device) -> Tensor:
+    """Without waiting for the device."""
+    host = torch.from_numpy(np.ascontiguousarray(values))
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+
+
+def results(parts: Sequence[Tensor], group: Group, flat: Tensor) -> list[Tensor]:
+    """The views of a group's flat result, one shaped as each member's `[*]`."""
+    views, start = [], 0
+    for i in group.members:
+        size = math.prod(parts[i].shape[1:])
+        views.append(flat[start : start + size].view(parts[i].shape[1:]))
+        start += _padded(size)
+    return views
+
+
+def _padded(size: int) -> int:
+    return -(-size // _ALIGN) * _ALIGN
