@@ -24,6 +24,7 @@ COMPILE = [
     "-fvisibility=hidden",
     "-ffp-contract=off",
     "-fno-math-errno",
+    "-fno-strict-aliasing",
     "-Wall",
     "-Wextra",
 ]

@@ -7,6 +7,7 @@ import importlib.util
 import math
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -14,9 +15,10 @@ import torch
 from torch import Tensor
 
 from adamix_kernels.ops._numerics import as_list, sum_dtype
-from adamix_kernels.ops.clip import clip_sum
+from adamix_kernels.ops.clip import ClippedSum, clip_coef, clip_sum, clip_sum_noise
 from adamix_kernels.ops.noise import Noise, add_gaussian_noise_
 from adamix_kernels.ops.norm import grad_norm_sq
+from adamix_kernels.ops.quantile import norm_quantile, rank_of
 
 
 @functools.cache
@@ -58,17 +60,67 @@ def _module() -> ModuleType:
     return module
 
 
-def _described(x: Tensor, elements: int) -> tuple[int, int, Any]:
-    return x.data_ptr(), elements, getattr(_module().DType, str(x.dtype).removeprefix("torch."))
+@functools.cache
+def _dtype(dtype: torch.dtype) -> Any:
+    return getattr(_module().DType, str(dtype).removeprefix("torch."))
+
+
+def _rows(part: Tensor) -> Tensor:
+    """The memory a kernel may walk through; it must outlive the call."""
+    return part if part.is_contiguous() and not part.is_neg() else part.resolve_neg().contiguous()
+
+
+@functools.cache
+def cache_bytes() -> int:
+    """Size of the processor's last cache; 16 MiB if it is not known."""
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    found = [int(size.read_text().strip().removesuffix("K")) << 10 for size in sizes]
+    return max(found, default=16 << 20)
 
 
 @grad_norm_sq.register("cpp", unavailable=unavailable, refuses=lambda grad_sample: _no_memory(as_list(grad_sample)))
 def _grad_norm_sq(grad_sample: Tensor | Sequence[Tensor]) -> Tensor:
-    parts = [part.detach().contiguous() for part in as_list(grad_sample)]
+    parts = [_rows(part) for part in as_list(grad_sample)]
     out = torch.empty(parts[0].shape[0], dtype=torch.float32, device="cpu")  # whatever the default device
-    described = [_described(p, math.prod(p.shape[1:])) for p in parts]
+    described = [(p.data_ptr(), math.prod(p.shape[1:]), _dtype(p.dtype)) for p in parts]
     _module().grad_norm_sq(described, len(out), out.data_ptr(), torch.get_num_threads())
     return out
+
+
+def _no_threshold(max_grad_norm: float | Tensor) -> list[Tensor]:
+    return [max_grad_norm] if isinstance(max_grad_norm, Tensor) else []
+
+
+@clip_coef.register(
+    "cpp",
+    unavailable=unavailable,
+    refuses=lambda norm_sq, max_grad_norm: _no_memory([norm_sq, *_no_threshold(max_grad_norm)]),
+)
+def _clip_coef(norm_sq: Tensor, max_grad_norm: float | Tensor) -> Tensor:
+    squares = _rows(norm_sq)
+    out = torch.empty(len(squares), dtype=torch.float32, device="cpu")
+    _module().clip_coef(squares.data_ptr(), _dtype(squares.dtype), float(max_grad_norm), len(squares), out.data_ptr())
+    return out
+
+
+@norm_quantile.register("cpp", unavailable=unavailable, refuses=lambda norm_sq, q: _no_memory([norm_sq]))
+def _norm_quantile(norm_sq: Tensor, q: float) -> Tensor:
+    squares = _rows(norm_sq)
+    count = len(squares)
+    norm = _module().norm_quantile(squares.data_ptr(), _dtype(squares.dtype), count, rank_of(count, q))
+    return torch.tensor(norm, dtype=torch.float32, device="cpu")
+
+
+def _parts(grad_sample: Tensor | Sequence[Tensor]) -> tuple[list[tuple[Any, ...]], list[Tensor], list[Tensor]]:
+    """What a kernel is told of each part; the memory that must outlive the call; where the sums go."""
+    rows = [_rows(part) for part in as_list(grad_sample)]
+    sums = [torch.empty(part.shape[1:], dtype=sum_dtype(part), device="cpu") for part in rows]
+    described, offset = [], 0
+    for part, out in zip(rows, sums, strict=True):
+        cols = out.numel()
+        described.append((part.data_ptr(), cols, _dtype(part.dtype), out.data_ptr(), offset))
+        offset += cols
+    return described, rows, sums
 
 
 @clip_sum.register(
@@ -77,15 +129,34 @@ def _grad_norm_sq(grad_sample: Tensor | Sequence[Tensor]) -> Tensor:
     refuses=lambda grad_sample, coef: _no_memory([*as_list(grad_sample), coef]),
 )
 def _clip_sum(grad_sample: Tensor | Sequence[Tensor], coef: Tensor) -> Any:
-    factors = coef.detach().double().contiguous()
-    sums = []
-    for part in as_list(grad_sample):
-        rows = part.detach().contiguous()
-        out = torch.empty(rows.shape[1:], dtype=sum_dtype(rows), device="cpu")
-        data, cols, dtype = _described(rows, out.numel())
-        _module().clip_sum(data, dtype, len(factors), cols, factors.data_ptr(), out.data_ptr(), torch.get_num_threads())
-        sums.append(out)
+    described, _alive, sums = _parts(grad_sample)
+    factors = _rows(coef)
+    _module().clip_sum(described, len(factors), factors.data_ptr(), _dtype(factors.dtype), torch.get_num_threads())
     return sums[0] if isinstance(grad_sample, Tensor) else sums
+
+
+@clip_sum_noise.register(
+    "cpp",
+    unavailable=unavailable,
+    refuses=lambda grad_sample, max_grad_norm, **_: _no_memory([*as_list(grad_sample), *_no_threshold(max_grad_norm)]),
+)
+def _clip_sum_noise(
+    grad_sample: Tensor | Sequence[Tensor],
+    max_grad_norm: float | Tensor,
+    noise_multiplier: float = 0.0,
+    noise: Noise | None = None,
+) -> ClippedSum:
+    described, rows, sums = _parts(grad_sample)
+    norm_sq = torch.empty(len(rows[0]), dtype=torch.float32, device="cpu")
+    threshold, key, draw = float(max_grad_norm), [], 0
+    if noise_multiplier:
+        assert noise is not None  # the op has checked
+        key, draw = noise._key, noise.next_draw()
+    std = noise_multiplier * threshold if noise_multiplier else 0.0  # 0 times an infinite threshold is none
+    _module().clip_sum_noise(
+        described, len(norm_sq), threshold, norm_sq.data_ptr(), key, draw, std, torch.get_num_threads(), cache_bytes()
+    )
+    return ClippedSum(sums[0] if isinstance(grad_sample, Tensor) else sums, norm_sq)
 
 
 def _no_noise(tensor: Any, std: float | Tensor, noise: Noise) -> str | None:
@@ -100,10 +171,16 @@ def _add_gaussian_noise_(tensor: Any, std: float | Tensor, noise: Noise) -> Any:
     draw, offset = noise.next_draw(), 0
     for part in as_list(tensor):
         with torch.no_grad():
-            flat = (part if part.dtype == torch.float64 else part.float()).contiguous()
-            data, count, dtype = _described(flat, flat.numel())
+            flat = _rows(part if part.dtype == torch.float64 else part.float())
             _module().add_gaussian_noise(
-                data, dtype, count, float(std), noise._key, draw, offset, torch.get_num_threads()
+                flat.data_ptr(),
+                _dtype(flat.dtype),
+                flat.numel(),
+                float(std),
+                noise._key,
+                draw,
+                offset,
+                torch.get_num_threads(),
             )
             if flat is not part:
                 part.copy_(flat)

@@ -11,7 +11,7 @@ from adamix_kernels.ops._cases import randn
 from adamix_kernels.spec import Case, Cost, Out, define_op
 
 
-def _rank(count: int, q: float) -> int:
+def rank_of(count: int, q: float) -> int:
     """How many of `count` values must lie at or below the quantile; 0.9 * 10 counts as 9 despite rounding."""
     return max(1, math.ceil(count * q - 1e-9))
 
@@ -40,7 +40,7 @@ def _check(norm_sq: Tensor, q: float) -> None:
 @define_op(
     shapes={"norm_sq": "N"},
     returns=[Out("norm", "", rtol=1e-6)],
-    oracle=lambda norm_sq, q: norm_sq.sort().values[_rank(norm_sq.numel(), q) - 1].sqrt(),
+    oracle=lambda norm_sq, q: norm_sq.sort().values[rank_of(norm_sq.numel(), q) - 1].sqrt(),
     cases=_cases,
     cost=lambda norm_sq, q: Cost(4 * norm_sq.numel(), norm_sq.numel()),
     validate=_check,
@@ -57,4 +57,4 @@ def norm_quantile(norm_sq: Tensor, q: float) -> Tensor:
     Returns:
         Scalar float32 on the same device, without waiting for it: one of the norms, not interpolated.
     """
-    return norm_sq.double().kthvalue(_rank(norm_sq.numel(), q)).values.sqrt().float()
+    return norm_sq.double().kthvalue(rank_of(norm_sq.numel(), q)).values.sqrt().float()

@@ -1,83 +1,218 @@
-// Weighted sums of per-sample gradients.
+// Weighted sums of per-sample gradients, alone or fused with their norms and the noise.
 //
-// A thread takes a block of columns and adds the rows to it in order, in double: the same bits for every thread count
-// and instruction set.
+// A thread owns blocks of columns and adds the rows to them in order, in double: the same bits for every thread count,
+// cache and instruction set.
 
 #include "clip.h"
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
 #include <type_traits>
-#include <vector>
 
+#include "barrier.h"
+#include "blocks.h"
 #include "isa.h"
 
 namespace adamix {
 namespace {
 
-constexpr int64_t kBlock = 2048;  // columns whose accumulators, in double, stay in the first-level cache
-constexpr int kRows = 4;          // rows added in one pass over the accumulators
+constexpr int kRows = 8;  // rows added in one pass over the accumulators
+
+template <class T, int kCount>
+ADAMIX_INLINE void add_few(const void* const* rows, const double* coef, double* total, int64_t n) {
+  const T* x[kCount];
+  for (int r = 0; r < kCount; ++r) x[r] = static_cast<const T*>(rows[r]);
+  for (int64_t i = 0; i < n; ++i) {
+    double sum = total[i];
+    for (int r = 0; r < kCount; ++r) sum += coef[r] * widen(x[r][i]);
+    total[i] = sum;
+  }
+}
 
 template <class T>
-struct Rows {
-  const T* at[kRows];
-  double coef[kRows];
+ADAMIX_INLINE void add(const void* const* rows, const double* coef, int64_t count, double* total, int64_t n) {
+  for (; count >= kRows; rows += kRows, coef += kRows, count -= kRows) add_few<T, kRows>(rows, coef, total, n);
+  if (count >= 4) add_few<T, 4>(rows, coef, total, n), rows += 4, coef += 4, count -= 4;
+  if (count >= 2) add_few<T, 2>(rows, coef, total, n), rows += 2, coef += 2, count -= 2;
+  if (count >= 1) add_few<T, 1>(rows, coef, total, n);
+}
+
+template <class T>
+void add_portable(const void* const* rows, const double* coef, int64_t count, double* total, int64_t n) {
+  add<T>(rows, coef, count, total, n);
+}
+template <class T>
+ADAMIX_AVX2 void add_avx2(const void* const* rows, const double* coef, int64_t count, double* total, int64_t n) {
+  add<T>(rows, coef, count, total, n);
+}
+template <class T>
+ADAMIX_AVX512 void add_avx512(const void* const* rows, const double* coef, int64_t count, double* total, int64_t n) {
+  add<T>(rows, coef, count, total, n);
+}
+
+using Add = void (*)(const void* const*, const double*, int64_t, double*, int64_t);
+
+Add add_of(DType dtype) {
+  return dispatch(dtype, [](auto* type) {
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
+    return pick(add_portable<T>, add_avx2<T>, add_avx512<T>);
+  });
+}
+
+// Rows `from` .. `from` + n, those with a positive factor, added to the accumulators of `size` columns.
+void add_rows(const Part& part, int64_t start, int64_t size, const std::vector<double>& coef, int64_t from, int64_t n,
+              double* total) {
+  const Add kernel = add_of(part.dtype);
+  const void* rows[4 * kRows];
+  double factors[4 * kRows];
   int count = 0;
+  for (int64_t row = 0; row < n; ++row) {
+    if (coef[row] > 0) {
+      rows[count] = part.at(from + row, start);
+      factors[count++] = coef[row];
+    }
+    if (count == 4 * kRows || (row + 1 == n && count)) {
+      kernel(rows, factors, count, total, size);
+      count = 0;
+    }
+  }
+}
+
+// Writes a block's sums, with their noise, rounded once. `total` may be where they go, if they go there in order.
+void finish(const Part& part, int64_t start, int64_t size, const double* total, const Noise* noise) {
+  constexpr int64_t kPiece = 1024;
+  double z[kPiece];
+  for (int64_t i = 0; i < size; i += kPiece) {
+    const int64_t n = std::min(kPiece, size - i);
+    std::fill_n(z, n, 0.0);
+    if (noise != nullptr) noise->normals(part.offset + start + i, n, z);
+    const double std = noise != nullptr ? noise->std : 0;
+    for (int64_t j = 0; j < n; ++j) z[j] = total[i + j] + std * z[j];
+    if (part.dtype == DType::kFloat64)
+      std::copy_n(z, n, static_cast<double*>(part.out) + start + i);
+    else
+      std::copy_n(z, n, static_cast<float*>(part.out) + start + i);
+  }
+}
+
+// Where the sums of a block are kept, in double, from one group of rows to the next: float results have room for half
+// of them, so that only the other half needs memory of its own.
+struct Carried {
+  double *first, *second;
+  int64_t half;
 };
 
-template <class T>
-ADAMIX_INLINE void add_rows(const Rows<T>& rows, int64_t start, double* total, int64_t n) {
-  if (rows.count == kRows) {
-    const T *x0 = rows.at[0] + start, *x1 = rows.at[1] + start, *x2 = rows.at[2] + start, *x3 = rows.at[3] + start;
-    const double c0 = rows.coef[0], c1 = rows.coef[1], c2 = rows.coef[2], c3 = rows.coef[3];
-    for (int64_t i = 0; i < n; ++i)
-      total[i] = total[i] + c0 * widen(x0[i]) + c1 * widen(x1[i]) + c2 * widen(x2[i]) + c3 * widen(x3[i]);
-    return;
+std::vector<Carried> carry(const std::vector<Part>& parts, const std::vector<Block>& blocks,
+                           std::vector<double>& scratch) {
+  std::vector<Carried> carried;
+  int64_t used = 0;
+  for (const Block& block : blocks) {
+    const Part& part = parts[block.part];
+    const bool wide = part.dtype == DType::kFloat64;
+    const int64_t half = wide ? block.size : block.size / 2;
+    char* out = static_cast<char*>(part.out) + block.start * (wide ? 8 : 4);
+    carried.push_back({reinterpret_cast<double*>(out), nullptr, half});
+    used += block.size - half;
   }
-  for (int row = 0; row < rows.count; ++row)
-    for (int64_t i = 0; i < n; ++i) total[i] += rows.coef[row] * widen(rows.at[row][start + i]);
+  scratch.resize(used);
+  double* next = scratch.data();
+  for (size_t k = 0; k < blocks.size(); ++k) {
+    carried[k].second = next;
+    next += blocks[k].size - carried[k].half;
+  }
+  return carried;
 }
 
-template <class T>
-void add_rows_portable(const Rows<T>& rows, int64_t start, double* total, int64_t n) {
-  add_rows(rows, start, total, n);
-}
-template <class T>
-ADAMIX_AVX2 void add_rows_avx2(const Rows<T>& rows, int64_t start, double* total, int64_t n) {
-  add_rows(rows, start, total, n);
-}
-template <class T>
-ADAMIX_AVX512 void add_rows_avx512(const Rows<T>& rows, int64_t start, double* total, int64_t n) {
-  add_rows(rows, start, total, n);
+// How many rows to take at a time: few enough that they are still in cache when, their norms known, they are added, and
+// at least two, since each time the accumulators are read and written too. If not even two stay in cache, all: the
+// second reading is then from memory, but the accumulators of a block stay in the second-level cache.
+int64_t rows_together(const std::vector<Part>& parts, int64_t rows, int64_t cache) {
+  int64_t bytes = 1;
+  for (const Part& part : parts) bytes += part.cols * size_of(part.dtype);
+  return 4 * bytes > cache ? rows : std::min(rows, std::max<int64_t>(2, cache / 8 / bytes));
 }
 
-template <class T>
-void sum_columns(const T* data, int64_t rows, int64_t cols, const double* coef, void* out, int threads) {
-  using Result = std::conditional_t<std::is_same_v<T, double>, double, float>;
-  const auto kernel = pick(add_rows_portable<T>, add_rows_avx2<T>, add_rows_avx512<T>);
-  std::vector<Rows<T>> groups;
-  for (int64_t row = 0; row < rows; ++row) {
-    if (!(coef[row] > 0)) continue;
-    if (groups.empty() || groups.back().count == kRows) groups.emplace_back();
-    Rows<T>& group = groups.back();
-    group.at[group.count] = data + row * cols;
-    group.coef[group.count++] = coef[row];
-  }
-  const int64_t blocks = (cols + kBlock - 1) / kBlock;
-#pragma omp parallel for num_threads(threads) schedule(static) if (rows * cols > kBlock * 16)
-  for (int64_t block = 0; block < blocks; ++block) {
-    const int64_t start = block * kBlock, n = std::min(kBlock, cols - start);
-    double total[kBlock] = {};
-    for (const Rows<T>& group : groups) kernel(group, start, total, n);
-    std::copy(total, total + n, static_cast<Result*>(out) + start);
-  }
+// A block's sums over all rows, whose factors these are.
+void sum_block(const Part& part, const Block& block, const std::vector<double>& coef, const Noise* noise) {
+  double total[kBlock] = {};
+  add_rows(part, block.start, block.size, coef, 0, coef.size(), total);
+  finish(part, block.start, block.size, total, noise);
 }
 
 }  // namespace
 
-void clip_sum(const void* data, DType dtype, int64_t rows, int64_t cols, const double* coef, void* out, int threads) {
-  dispatch(dtype, [&](auto* type) {
-    sum_columns(static_cast<decltype(type)>(const_cast<void*>(data)), rows, cols, coef, out, threads);
-  });
+float clip_coef(double norm_sq, double threshold) {
+  if (!std::isfinite(norm_sq)) return 0;
+  const double exact = std::min(threshold / std::sqrt(norm_sq), 1.0);
+  if (!(exact >= std::numeric_limits<float>::min())) return 0;  // NaN too: 0 / 0
+  const float y = static_cast<float>(exact);
+  return y > exact ? std::nextafter(y, 0.0f) : y;
+}
+
+void clip_sum(const std::vector<Part>& parts, const std::vector<double>& coef, int threads) {
+  const std::vector<Block> blocks = cut(parts);
+  const int64_t count = blocks.size(), rows = coef.size();
+#pragma omp parallel for num_threads(threads) schedule(static) if (rows * total_cols(parts) > kSerial)
+  for (int64_t k = 0; k < count; ++k) sum_block(parts[blocks[k].part], blocks[k], coef, nullptr);
+}
+
+void clip_sum_noise(const std::vector<Part>& parts, int64_t rows, double threshold, float* norm_sq, const Noise* noise,
+                    int threads, int64_t cache) {
+  const std::vector<Block> blocks = cut(parts);
+  const int64_t count = blocks.size(), terms = total_cols(parts), together = rows_together(parts, rows, cache);
+  const bool several = together < rows;
+  std::vector<SumSq> squares;
+  for (const Part& part : parts) squares.push_back(sum_sq_of(part.dtype));
+  // Twice, in turn: a thread may be ahead of the others by one group.
+  std::vector<double> partial((several ? 2 : 1) * together * count), scratch;
+  const std::vector<Carried> carried = several ? carry(parts, blocks, scratch) : std::vector<Carried>();
+  Barrier barrier;
+#pragma omp parallel num_threads(threads) if (std::max<int64_t>(rows, 1) * terms > kSerial)
+  {
+    const Thread thread;
+    int64_t first, last;
+    share(blocks, thread, first, last);
+    for (int64_t k = first; several && k < last; ++k) {
+      std::fill_n(carried[k].first, carried[k].half, 0.0);
+      std::fill_n(carried[k].second, blocks[k].size - carried[k].half, 0.0);
+    }
+    std::vector<double> coef(together);
+    double* sums = partial.data();
+    for (int64_t start = 0; start < rows; start += together) {
+      const int64_t n = std::min(together, rows - start);
+      for (int64_t row = 0; row < n; ++row)
+        for (int64_t k = first; k < last; ++k) {
+          const Part& part = parts[blocks[k].part];
+          sums[row * count + k] = squares[blocks[k].part](part.at(start + row, blocks[k].start), blocks[k].size);
+        }
+      barrier.wait(thread.count);
+      for (int64_t row = 0; row < n; ++row) {
+        const float whole = round_up(std::accumulate(sums + row * count, sums + (row + 1) * count, 0.0), terms);
+        coef[row] = clip_coef(whole, threshold);
+        if (thread.index == 0) norm_sq[start + row] = whole;
+      }
+      if (!several) break;
+      for (int64_t k = last - 1; k >= first; --k) {  // backwards: the rows' last blocks were read last
+        const auto [front, back, half] = carried[k];
+        const Part& part = parts[blocks[k].part];
+        add_rows(part, blocks[k].start, half, coef, start, n, front);
+        add_rows(part, blocks[k].start + half, blocks[k].size - half, coef, start, n, back);
+      }
+      sums = sums == partial.data() ? sums + together * count : partial.data();
+    }
+    for (int64_t k = last - 1; k >= first; --k) {
+      const Part& part = parts[blocks[k].part];
+      if (!several) {
+        sum_block(part, blocks[k], coef, noise);
+        continue;
+      }
+      const auto [front, back, half] = carried[k];
+      finish(part, blocks[k].start, half, front, noise);
+      finish(part, blocks[k].start + half, blocks[k].size - half, back, noise);
+    }
+  }
 }
 
 }  // namespace adamix

@@ -1,13 +1,30 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
-#include "convert.h"
+#include "noise.h"
+#include "norm.h"
 
 namespace adamix {
 
-// out[c] = sum over b of coef[b] data[b, c], for contiguous data [rows, cols]; rows with coef 0 are not read. `out` is
-// float64 where the data are, else float32.
-void clip_sum(const void* data, DType dtype, int64_t rows, int64_t cols, const double* coef, void* out, int threads);
+// Rows to sum, and where their sum goes: float64 where the rows are, else float32. `offset` is the part's place in the
+// list as one vector, which its noise follows.
+struct Part : Tensor {
+  void* out;
+  uint64_t offset;
+};
+
+// min(1, threshold / sqrt(norm_sq)) as a float not above it; 0 where norm_sq is not finite or the factor below the
+// smallest normal float.
+float clip_coef(double norm_sq, double threshold);
+
+// out[c] = sum over b of coef[b] data[b, c]; rows whose coef is not above 0 are not read.
+void clip_sum(const std::vector<Part>& parts, const std::vector<double>& coef, int threads);
+
+// Norms, factors, weighted sum and, unless null, noise of standard deviation noise->std. `cache` is the size of
+// the processor's last cache in bytes.
+void clip_sum_noise(const std::vector<Part>& parts, int64_t rows, double threshold, float* norm_sq, const Noise* noise,
+                    int threads, int64_t cache);
 
 }  // namespace adamix

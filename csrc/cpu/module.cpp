@@ -11,10 +11,25 @@
 #include "isa.h"
 #include "noise.h"
 #include "norm.h"
+#include "quantile.h"
 
 namespace py = pybind11;
 using adamix::DType;
 using adamix::Isa;
+
+namespace {
+
+// Address of the rows, columns, dtype, address of the sum, offset of its noise.
+using PartArgs = std::tuple<uintptr_t, int64_t, DType, uintptr_t, uint64_t>;
+
+std::vector<adamix::Part> describe(const std::vector<PartArgs>& parts) {
+  std::vector<adamix::Part> described;
+  for (const auto& [data, cols, dtype, out, offset] : parts)
+    described.push_back({{reinterpret_cast<const void*>(data), cols, dtype}, reinterpret_cast<void*>(out), offset});
+  return described;
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
   py::enum_<DType>(m, "DType")
@@ -39,19 +54,49 @@ PYBIND11_MODULE(_cpu, m) {
       },
       py::arg("parts"), py::arg("rows"), py::arg("out"), py::arg("threads"));
   m.def(
-      "clip_sum",
-      [](uintptr_t data, DType dtype, int64_t rows, int64_t cols, uintptr_t coef, uintptr_t out, int threads) {
-        adamix::clip_sum(reinterpret_cast<const void*>(data), dtype, rows, cols, reinterpret_cast<const double*>(coef),
-                         reinterpret_cast<void*>(out), threads);
+      "clip_coef",
+      [](uintptr_t norm_sq, DType dtype, double threshold, int64_t rows, uintptr_t out) {
+        float* coef = reinterpret_cast<float*>(out);
+        for (double value : adamix::widened(reinterpret_cast<const void*>(norm_sq), dtype, rows))
+          *coef++ = adamix::clip_coef(value, threshold);
       },
-      py::arg("data"), py::arg("dtype"), py::arg("rows"), py::arg("cols"), py::arg("coef"), py::arg("out"),
-      py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+      py::arg("norm_sq"), py::arg("dtype"), py::arg("threshold"), py::arg("rows"), py::arg("out"));
+  m.def(
+      "norm_quantile",
+      [](uintptr_t norm_sq, DType dtype, int64_t count, int64_t rank) {
+        py::gil_scoped_release release;
+        std::vector<double> values = adamix::widened(reinterpret_cast<const void*>(norm_sq), dtype, count);
+        return adamix::norm_quantile(values, rank);
+      },
+      py::arg("norm_sq"), py::arg("dtype"), py::arg("count"), py::arg("rank"));
+  m.def(
+      "clip_sum",
+      [](const std::vector<PartArgs>& parts, int64_t rows, uintptr_t coef, DType dtype, int threads) {
+        const std::vector<adamix::Part> described = describe(parts);
+        py::gil_scoped_release release;
+        adamix::clip_sum(described, adamix::widened(reinterpret_cast<const void*>(coef), dtype, rows), threads);
+      },
+      py::arg("parts"), py::arg("rows"), py::arg("coef"), py::arg("dtype"), py::arg("threads"));
+  m.def(
+      "clip_sum_noise",
+      [](const std::vector<PartArgs>& parts, int64_t rows, double threshold, uintptr_t norm_sq,
+         const std::vector<uint32_t>& key, uint64_t draw, double std, int threads, int64_t cache) {
+        const std::vector<adamix::Part> described = describe(parts);
+        const adamix::Noise noise{key, draw, std};
+        if (std != 0) noise.check();
+        py::gil_scoped_release release;
+        adamix::clip_sum_noise(described, rows, threshold, reinterpret_cast<float*>(norm_sq),
+                               std != 0 ? &noise : nullptr, threads, cache);
+      },
+      py::arg("parts"), py::arg("rows"), py::arg("threshold"), py::arg("norm_sq"), py::arg("key"), py::arg("draw"),
+      py::arg("std"), py::arg("threads"), py::arg("cache"));
   m.def(
       "add_gaussian_noise",
       [](uintptr_t data, DType dtype, int64_t n, double std, const std::vector<uint32_t>& key, uint64_t draw,
          uint64_t offset, int threads) {
-        adamix::add_gaussian_noise(reinterpret_cast<void*>(data), dtype, n, std, key, draw, offset, threads);
+        py::gil_scoped_release release;
+        adamix::add_gaussian_noise(reinterpret_cast<void*>(data), dtype, n, {key, draw, std}, offset, threads);
       },
       py::arg("data"), py::arg("dtype"), py::arg("n"), py::arg("std"), py::arg("key"), py::arg("draw"),
-      py::arg("offset"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+      py::arg("offset"), py::arg("threads"));
 }

@@ -9,6 +9,7 @@
 #include <stdexcept>
 
 #include "../normal.h"
+#include "blocks.h"
 #include "isa.h"
 
 namespace adamix {
@@ -84,51 +85,62 @@ ADAMIX_INLINE void normals(const Words& words, double* z) {
     normal_pair(words.at[0][i], words.at[1][i], words.at[2][i], words.at[3][i], z[2 * i], z[2 * i + 1]);
 }
 
-struct Stream {
-  const uint32_t* key;
-  uint64_t draw;
-  bool secure;
-};
+constexpr uint64_t kGroup = 2 * kPairs;
 
-ADAMIX_INLINE void group(const Stream& stream, uint64_t index, double* z) {
+// Normals kGroup index .. kGroup (index + 1).
+ADAMIX_INLINE void group(const Noise& noise, uint64_t index, double* z) {
   Words words;
-  if (stream.secure)
-    chacha20(stream.key, stream.draw, index * kPairs, words);
+  if (noise.key.size() == 8)
+    chacha20(noise.key.data(), noise.draw, index * kPairs, words);
   else
-    philox(stream.key, stream.draw, index * kPairs, words);
+    philox(noise.key.data(), noise.draw, index * kPairs, words);
   normals(words, z);
 }
 
-void group_portable(const Stream& stream, uint64_t index, double* z) { group(stream, index, z); }
-ADAMIX_AVX2 void group_avx2(const Stream& stream, uint64_t index, double* z) { group(stream, index, z); }
-ADAMIX_AVX512 void group_avx512(const Stream& stream, uint64_t index, double* z) { group(stream, index, z); }
+void group_portable(const Noise& noise, uint64_t index, double* z) { group(noise, index, z); }
+ADAMIX_AVX2 void group_avx2(const Noise& noise, uint64_t index, double* z) { group(noise, index, z); }
+ADAMIX_AVX512 void group_avx512(const Noise& noise, uint64_t index, double* z) { group(noise, index, z); }
 
 template <class T>
-void add(T* data, int64_t n, double std, const Stream& stream, uint64_t offset, int threads) {
-  constexpr uint64_t kSize = 2 * kPairs;
-  const auto kernel = pick(group_portable, group_avx2, group_avx512);
-  const uint64_t end = offset + n;
-  const int64_t first = offset / kSize, last = (end + kSize - 1) / kSize;
+void add(T* data, int64_t n, const Noise& noise, uint64_t offset, int threads) {
+  const int64_t blocks = (n + kBlock - 1) / kBlock;
 #pragma omp parallel for num_threads(threads) schedule(static) if (n > 4096)
-  for (int64_t index = first; index < last; ++index) {
-    double z[kSize];
-    kernel(stream, index, z);
-    const uint64_t start = index * kSize, from = std::max(start, offset), to = std::min(start + kSize, end);
-    for (uint64_t e = from; e < to; ++e) data[e - offset] = static_cast<T>(data[e - offset] + std * z[e - start]);
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t start = block * kBlock, size = std::min(kBlock, n - start);
+    double z[kBlock];
+    noise.normals(offset + start, size, z);
+    for (int64_t i = 0; i < size; ++i) data[start + i] = static_cast<T>(data[start + i] + noise.std * z[i]);
   }
 }
 
 }  // namespace
 
-void add_gaussian_noise(void* data, DType dtype, int64_t n, double std, const std::vector<uint32_t>& key, uint64_t draw,
-                        uint64_t offset, int threads) {
+void Noise::check() const {
   if (key.size() != 2 && key.size() != 8) throw std::invalid_argument("key: expected 2 words or 8");
-  const Stream stream{key.data(), draw, key.size() == 8};
-  if (n == 0) return;
+}
+
+void Noise::normals(uint64_t first, int64_t n, double* z) const {
+  const auto kernel = pick(group_portable, group_avx2, group_avx512);
+  const uint64_t end = first + n;
+  for (uint64_t index = first / kGroup; index * kGroup < end; ++index) {
+    const uint64_t start = index * kGroup;
+    if (first <= start && start + kGroup <= end) {
+      kernel(*this, index, z + (start - first));
+      continue;
+    }
+    double whole[kGroup];
+    kernel(*this, index, whole);
+    const uint64_t from = std::max(start, first), to = std::min(start + kGroup, end);
+    std::copy(whole + (from - start), whole + (to - start), z + (from - first));
+  }
+}
+
+void add_gaussian_noise(void* data, DType dtype, int64_t n, const Noise& noise, uint64_t offset, int threads) {
+  noise.check();
   if (dtype == DType::kFloat64)
-    add(static_cast<double*>(data), n, std, stream, offset, threads);
+    add(static_cast<double*>(data), n, noise, offset, threads);
   else if (dtype == DType::kFloat32)
-    add(static_cast<float*>(data), n, std, stream, offset, threads);
+    add(static_cast<float*>(data), n, noise, offset, threads);
   else
     throw std::invalid_argument("dtype: expected float32 or float64");
 }

@@ -10,17 +10,17 @@
 #include <limits>
 #include <type_traits>
 
-#include "convert.h"
+#include "blocks.h"
 #include "isa.h"
 
 namespace adamix {
 namespace {
 
-constexpr int64_t kBlock = 1 << 16;  // elements a thread takes at a time
-constexpr int kLanes = 32;           // independent accumulators: enough to hide the latency of the addition
+constexpr int kLanes = 32;  // independent accumulators: enough to hide the latency of the addition
 
 template <class T>
-ADAMIX_INLINE double sum_sq(const T* x, int64_t n) {
+ADAMIX_INLINE double sum_sq(const void* data, int64_t n) {
+  const T* x = static_cast<const T*>(data);
   double lanes[kLanes] = {};
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes)
@@ -38,53 +38,54 @@ ADAMIX_INLINE double sum_sq(const T* x, int64_t n) {
 }
 
 template <class T>
-double sum_sq_portable(const T* x, int64_t n) {
-  return sum_sq(x, n);
+double sum_sq_portable(const void* x, int64_t n) {
+  return sum_sq<T>(x, n);
 }
 template <class T>
-ADAMIX_AVX2 double sum_sq_avx2(const T* x, int64_t n) {
-  return sum_sq(x, n);
+ADAMIX_AVX2 double sum_sq_avx2(const void* x, int64_t n) {
+  return sum_sq<T>(x, n);
 }
 template <class T>
-ADAMIX_AVX512 double sum_sq_avx512(const T* x, int64_t n) {
-  return sum_sq(x, n);
+ADAMIX_AVX512 double sum_sq_avx512(const void* x, int64_t n) {
+  return sum_sq<T>(x, n);
 }
 
-template <class T>
-void add_rows(const Tensor& tensor, int64_t rows, double* total, int threads) {
-  const T* data = static_cast<const T*>(tensor.data);
-  const int64_t blocks = (tensor.cols + kBlock - 1) / kBlock;
-  const auto kernel = pick(sum_sq_portable<T>, sum_sq_avx2<T>, sum_sq_avx512<T>);
-  std::vector<double> partial(rows * blocks);
-#pragma omp parallel for num_threads(threads) schedule(static) if (rows * tensor.cols > kBlock)
-  for (int64_t task = 0; task < rows * blocks; ++task) {
-    const int64_t row = task / blocks, start = task % blocks * kBlock;
-    partial[task] = kernel(data + row * tensor.cols + start, std::min(kBlock, tensor.cols - start));
-  }
-  for (int64_t task = 0; task < rows * blocks; ++task) total[task / blocks] += partial[task];
+}  // namespace
+
+SumSq sum_sq_of(DType dtype) {
+  return dispatch(dtype, [](auto* type) {
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
+    return pick(sum_sq_portable<T>, sum_sq_avx2<T>, sum_sq_avx512<T>);
+  });
 }
 
-float round_up(double x, int64_t terms) {
+float round_up(double sum, int64_t terms) {
   // Any order of n additions and multiplications in double errs by less than n 2^-52 of the sum, and by what
   // underflows. The smallest normal float is far above that: rows whose squares vanish must not pass for zero.
-  const double upper = x * (1 + static_cast<double>(terms + 1) * std::numeric_limits<double>::epsilon());
+  const double upper = sum * (1 + static_cast<double>(terms + 1) * std::numeric_limits<double>::epsilon());
   constexpr float infinity = std::numeric_limits<float>::infinity();
   if (!(upper <= std::numeric_limits<float>::max())) return infinity;  // NaN too
   const float y = static_cast<float>(upper);
   return std::max(y < upper ? std::nextafter(y, infinity) : y, std::numeric_limits<float>::min());
 }
 
-}  // namespace
-
 void grad_norm_sq(const std::vector<Tensor>& tensors, int64_t rows, float* out, int threads) {
-  std::vector<double> total(rows, 0.0);
-  int64_t terms = 0;
-  for (const Tensor& tensor : tensors) {
-    terms += tensor.cols;
-    dispatch(tensor.dtype,
-             [&](auto* type) { add_rows<std::remove_pointer_t<decltype(type)>>(tensor, rows, total.data(), threads); });
+  const std::vector<Block> blocks = cut(tensors);
+  const int64_t count = blocks.size(), terms = total_cols(tensors);
+  std::vector<SumSq> kernels;
+  for (const Tensor& tensor : tensors) kernels.push_back(sum_sq_of(tensor.dtype));
+  std::vector<double> partial(rows * count);
+#pragma omp parallel for num_threads(threads) schedule(static) if (rows * terms > kSerial)
+  for (int64_t task = 0; task < rows * count; ++task) {
+    const Block& block = blocks[task % count];
+    const Tensor& tensor = tensors[block.part];
+    partial[task] = kernels[block.part](tensor.at(task / count, block.start), block.size);
   }
-  for (int64_t row = 0; row < rows; ++row) out[row] = round_up(total[row], terms);
+  for (int64_t row = 0; row < rows; ++row) {
+    double sum = 0;
+    for (int64_t k = 0; k < count; ++k) sum += partial[row * count + k];
+    out[row] = round_up(sum, terms);
+  }
 }
 
 }  // namespace adamix
