@@ -34,6 +34,9 @@ def head(device: str) -> dict[str, Any]:
 
 SIZES: dict[str, Callable[[str], dict[str, Any]]] = {
     "grad_norm_sq": lambda device: {"grad_sample": gradients(device)},
+    "clip_coef": lambda device: {"norm_sq": torch.rand(50_000, device=device), "max_grad_norm": 0.5},
+    "clip_sum": lambda device: {"grad_sample": gradients(device), "coef": torch.rand(64, device=device)},
+    "norm_quantile": lambda device: {"norm_sq": torch.rand(50_000, device=device), "q": 0.9},
     "clip_sum_noise": lambda device: {"grad_sample": gradients(device), "max_grad_norm": 1.0},
     "softmax_head_clip_sum_noise": head,
     "linear_norm_sq": lambda device: {
@@ -41,7 +44,7 @@ SIZES: dict[str, Callable[[str], dict[str, Any]]] = {
         "backprops": torch.randn(16, 64, 256, device=device),
     },
     "add_gaussian_noise_": lambda device: {
-        "tensor": torch.zeros(1_000_000, device=device),
+        "tensor": torch.zeros(10_000_000, device=device),
         "std": 1.0,
         "noise": kernels.Noise(seed=0),
     },

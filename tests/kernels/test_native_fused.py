@@ -1,0 +1,167 @@
+"""The compiled `clip_sum_noise`: whatever is kept in cache between norm and sum, the result has the same bits."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from adamix_kernels import (
+    ClippedSum,
+    Noise,
+    add_gaussian_noise_,
+    clip_coef,
+    clip_sum,
+    clip_sum_noise,
+    grad_norm_sq,
+    native,
+    use_backend,
+)
+
+pytestmark = pytest.mark.skipif(isinstance(native.load(), str), reason="the compiled CPU kernels were not built")
+EVERYTHING, A_FEW_ROWS, TWO_ROWS, NOTHING = 1 << 40, 8 * 5 * 190_000, 4 * 190_000, 0  # of `samples` below, in bytes
+
+
+@pytest.fixture
+def module() -> Any:
+    found = native.load()
+    assert isinstance(found, ModuleType)
+    yield found
+    found.use_isa(found.best_isa())
+
+
+def samples(dtype: torch.dtype, rows: int = 13) -> list[Tensor]:
+    """A ragged list of some 47,000 columns; one row is not finite, one is huge, one is zero."""
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randn(rows, *shape, generator=generator) for shape in [(3, 5), (40_001,), (), (7_000,), (33,)]]
+    parts[1][3, 17] = torch.nan
+    for part in parts:
+        part[5] *= 1e4
+        part[7] = 0
+    return [part.to(dtype) for part in parts]
+
+
+def fused(parts: Any, cache: int, noise_multiplier: float = 0.0, mode: str = "fast") -> ClippedSum:
+    source = Noise._with_key(bytes(range(32)), mode)
+    with pytest.MonkeyPatch.context() as patch, use_backend("cpp"):
+        patch.setattr(native, "cache_bytes", lambda: cache)
+        return clip_sum_noise(parts, 0.7, noise_multiplier, source)
+
+
+def same(one: ClippedSum, other: ClippedSum) -> bool:
+    pairs = [*zip(one.sum, other.sum, strict=True), (one.norm_sq, other.norm_sq)]
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("mode", ["fast", "secure"])
+def test_same_bits_for_every_cache_thread_count_and_instruction_set(
+    module: ModuleType, dtype: torch.dtype, mode: str
+) -> None:
+    parts = samples(dtype)
+    expected, threads = fused(parts, EVERYTHING, 1.3, mode), torch.get_num_threads()
+    try:
+        for isa in module.Isa.__members__.values():
+            if int(isa) > int(module.best_isa()):
+                continue
+            module.use_isa(isa)
+            for cache in (EVERYTHING, A_FEW_ROWS, TWO_ROWS, NOTHING):
+                for count in (1, 2, 3):
+                    torch.set_num_threads(count)
+                    assert same(fused(parts, cache, 1.3, mode), expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("cache", [EVERYTHING, A_FEW_ROWS, TWO_ROWS, NOTHING])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_it_is_the_ops_one_after_the_other(cache: int, dtype: torch.dtype) -> None:
+    parts = samples(dtype)
+    with use_backend("cpp"):
+        norm_sq = grad_norm_sq(parts)
+        sums = clip_sum(parts, clip_coef(norm_sq, 0.7))
+    assert same(fused(parts, cache), ClippedSum(sums, norm_sq))
+
+
+def test_noise_is_that_of_a_draw_on_the_whole_list() -> None:
+    parts = samples(torch.float64)
+    with use_backend("cpp"):
+        noise = add_gaussian_noise_(
+            [torch.zeros_like(p[0]) for p in parts], 1.3 * 0.7, Noise._with_key(bytes(32), "fast")
+        )
+    for cache in (EVERYTHING, TWO_ROWS):
+        quiet, source = fused(parts, cache), Noise._with_key(bytes(32), "fast")
+        with pytest.MonkeyPatch.context() as patch, use_backend("cpp"):
+            patch.setattr(native, "cache_bytes", lambda cache=cache: cache)
+            loud = clip_sum_noise(parts, 0.7, 1.3, source)
+            clip_sum_noise(parts, 0.7, 0.0, source)
+        assert source.next_draw() == 1, "one draw a call, none where there is no noise"
+        for a, b, z in zip(loud.sum, quiet.sum, noise, strict=True):
+            torch.testing.assert_close(a - b, z, rtol=1e-12, atol=1e-12)
+
+
+def test_every_result_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = torch.empty
+    expected = {cache: fused(samples(torch.float32), cache, 1.0) for cache in (EVERYTHING, TWO_ROWS)}
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(torch.nan))
+    for cache, result in expected.items():
+        assert same(fused(samples(torch.float32), cache, 1.0), result)
+        assert not any(part.isnan().any() for part in result.sum)
+
+
+@pytest.mark.parametrize("cache", [EVERYTHING, A_FEW_ROWS, TWO_ROWS, NOTHING])
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    reach=st.floats(-1, 1),
+    threshold=st.floats(1e-3, 1e3),
+    at=st.integers(0, 12),
+    value=st.sampled_from([None, torch.inf, torch.nan]),
+)
+def test_one_sample_moves_the_sum_by_at_most_the_threshold(
+    cache: int, seed: int, reach: float, threshold: float, at: int, value: float | None
+) -> None:
+    """Replaced by anything: each of the two contributes at most the threshold, or nothing if it is not finite."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(13, 1200, generator=generator) * threshold / 30
+    other = rows.clone()
+    other[at] = torch.randn(1200, generator=generator) * 10.0 ** (reach * 36)
+    if value is not None:
+        other[at, seed % 1200] = value
+    gone = rows.clone()
+    gone[at] = 0
+    with pytest.MonkeyPatch.context() as patch, use_backend("cpp"):
+        patch.setattr(native, "cache_bytes", lambda: cache and cache * 1200 // 47_000)
+        sums = [clip_sum_noise(x, threshold).sum.double() for x in (other, gone)]
+    rounding = 2**-24 * (sums[0].norm() + sums[1].norm())
+    assert float((sums[0] - sums[1]).norm() - rounding) <= threshold * (1 + 1e-6)
+    if value is not None:
+        assert torch.equal(sums[0], sums[1])
+
+
+MEMORY = """
+import resource, sys
+import torch
+from adamix_kernels import clip_sum_noise, native, Noise
+columns, cache = 6_000_000, int(sys.argv[1])
+native.cache_bytes = lambda: cache
+clip_sum_noise(torch.ones(8, 100_000), 1.0, 1.0, Noise())  # threads, libraries
+rows = torch.ones(8, columns)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+clip_sum_noise(rows, 1.0, 1.0, Noise())
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / (4 * columns))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of resident memory as Linux reports it")
+@pytest.mark.parametrize(("cache", "most"), [(1 << 40, 1.1), (4 * 6_000_000 * 5, 2.1)])
+def test_peak_memory_is_two_numbers_a_column_at_most(cache: int, most: float) -> None:
+    done = subprocess.run([sys.executable, "-c", MEMORY, str(cache)], check=True, capture_output=True, text=True)
+    assert 0.9 < float(done.stdout) < most
