@@ -28,13 +28,14 @@ from adamix_kernels.triton.launch import interpreting
 def unavailable() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
-    if interpreting():
+    return None if interpreting() or torch.cuda.is_available() else "torch finds no GPU"
+
+
+@functools.cache
+def _too_old(device: torch.device) -> str | None:
+    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) >= (8, 0):
         return None
-    if not torch.cuda.is_available():
-        return "torch finds no GPU"
-    if not torch.version.hip and torch.cuda.get_device_capability() < (8, 0):
-        return "the GPU is older than compute capability 8.0"
-    return None
+    return f"{device} is older than compute capability 8.0"
 
 
 def _no_memory(*given: Any) -> str | None:
@@ -43,7 +44,7 @@ def _no_memory(*given: Any) -> str | None:
     for x in tensors:
         if x.device != first:
             return f"tensors are on {first} and {x.device}"
-    return native._no_memory(tensors, "cpu" if interpreting() else "cuda")
+    return native._no_memory(tensors, "cpu" if interpreting() else "cuda") or _too_old(first)
 
 
 def _no_noise(tensor: Any, std: float | Tensor, noise: Noise) -> str | None:

@@ -15,7 +15,7 @@ from adamix_kernels.ops._numerics import as_list
 from adamix_kernels.ops.clip import ClippedSum
 from adamix_kernels.ops.noise import Noise
 from adamix_kernels.triton._random import normals
-from adamix_kernels.triton.launch import config, on, plain, scaled, stream, unit
+from adamix_kernels.triton.launch import NO_DRAW, Draw, config, draw, on, plain, scaled
 from adamix_kernels.triton.noise import _STREAM
 from adamix_kernels.triton.norm import TYPES, aligned, columns, norms, scale, view, wide
 
@@ -114,7 +114,7 @@ def add_splits(
 
 
 def clip_sum(grad_sample: Tensor | Sequence[Tensor], coef: Tensor) -> Any:
-    sums = _sums([plain(part) for part in as_list(grad_sample)], plain(coef), None, 0.0, 0.0)
+    sums = _sums([plain(part) for part in as_list(grad_sample)], plain(coef), NO_DRAW)
     return sums[0] if isinstance(grad_sample, Tensor) else sums
 
 
@@ -125,27 +125,32 @@ def clip_sum_noise(
     noise: Noise | None = None,
 ) -> ClippedSum:
     parts = [plain(part) for part in as_list(grad_sample)]
+    # First, as it may refuse.
+    drawn = draw(noise, parts[0].device) if noise_multiplier and noise is not None else NO_DRAW
     norm_sq, coef = norms(parts, max_grad_norm)
     assert coef is not None
-    sums = _sums(parts, coef, noise if noise_multiplier else None, noise_multiplier, max_grad_norm)
+    sums = _sums(parts, coef, drawn, noise_multiplier, max_grad_norm)
     return ClippedSum(sums[0] if isinstance(grad_sample, Tensor) else sums, norm_sq)
 
 
 def _sums(
-    parts: Sequence[Tensor], coef: Tensor, noise: Noise | None, noise_multiplier: float, max_grad_norm: float | Tensor
+    parts: Sequence[Tensor],
+    coef: Tensor,
+    drawn: Draw,
+    noise_multiplier: float = 0.0,
+    max_grad_norm: float | Tensor = 0.0,
 ) -> list[Tensor]:
-    device, rows, block = coef.device, len(coef), unit(noise)
+    """With noise if something was drawn. A threshold on the device stays there."""
+    device, rows = coef.device, len(coef)
+    words, unit = drawn
+    noisy = drawn is not NO_DRAW
+    factor, number = scaled(noise_multiplier, max_grad_norm) if noisy else (None, (0, 0))
     sizes = config(device)
     width = sizes.sum_width * (2 if any(part.element_size() == 2 for part in parts) else 1)
     shared = sizes.options(sizes.sum_warps)
-    words: tuple[int, ...] = (0,) * 10
-    factor, number = None, (0, 0)
-    if noise is not None:
-        words = stream(noise, device)
-        factor, number = scaled(noise_multiplier, max_grad_norm)
     sums: list[Any] = [None] * len(parts)
     with on(device):
-        for group in groups(parts, width, block):
+        for group in groups(parts, width, unit):
             dtype = torch.float64 if group.dtype == torch.float64 else torch.float32
             out = torch.empty(group.size, dtype=dtype, device=device)
             for i, view in zip(group.members, results(parts, group, out), strict=True):
@@ -154,10 +159,9 @@ def _sums(
             if not entries:
                 continue
             tables = group.table, group.blocks
-            kinds: dict[str, Any] = {"WIDTH": width, "UNIT": block}
+            kinds: dict[str, Any] = {"WIDTH": width, "UNIT": unit}
             splits = max(1, min(-(-sizes.sum_programs // entries), rows // _FEWEST, _SCRATCH // (8 * group.size)))
             share = -(-rows // splits)
-            noisy = noise is not None
             # fmt: off
             if splits == 1:
                 weighted_sums[(entries,)](

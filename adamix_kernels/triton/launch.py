@@ -12,6 +12,7 @@ import os
 import struct
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,9 +43,9 @@ class Launch:
     #: Elements per program of the noise, which is bound by arithmetic: 4 pairs of normals per thread.
     noise_width: int = 1024
     noise_warps: int = 4
-    #: The most per thread, but for the quantile: 5 programs of 4 warps fit on a multiprocessor. Left to itself, ptxas
+    #: The most per thread, but for the quantile: 4 programs of 4 warps fit on a multiprocessor. Left to itself, ptxas
     #: takes more in places, and for 8.0 even spills with fewer.
-    registers: int | None = 96
+    registers: int | None = 128
     #: Values the quantile holds in registers; beyond, it reads them once per bit.
     quantile_width: int = 16384
     quantile_warps: int = 16
@@ -80,7 +81,7 @@ def _target(device: torch.device) -> int | str:
 
 
 def config(device: torch.device) -> Launch:
-    return LAUNCHES.get(_target(device), LAUNCHES["default"])
+    return LAUNCHES.get(_target(device), LAUNCHES["gfx942" if torch.version.hip else "default"])
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:
@@ -100,20 +101,29 @@ def scaled(scale: float, by: float | Tensor) -> tuple[Tensor | None, tuple[int, 
     return (by.detach().double(), double(scale)) if isinstance(by, Tensor) else (None, double(scale * by))
 
 
-def stream(noise: Noise, device: torch.device) -> tuple[int, ...]:
-    """Ten int32: eight words of the key (Philox uses two) and the halves of the draw number, which this reserves."""
+class Draw(NamedTuple):
+    """A reserved draw as kernels take it.
+
+    `words`: ten int32, eight of the key (Philox uses two) and the halves of the draw number. `unit`: how many normals
+    one block of the stream gives; programs start at multiples of it.
+    """
+
+    words: tuple[int, ...]
+    unit: int
+
+
+NO_DRAW = Draw((0,) * 10, 1)
+
+
+def draw(noise: Noise, device: torch.device) -> Draw:
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "noise: the draw number would be fixed in the CUDA graph being captured, and every replay would add the "
             "same noise; capture the step without its noise, and call add_gaussian_noise_ after each replay"
         )
     key = (noise._key + [0] * 6)[:8]
-    return struct.unpack("<10i", struct.pack("<8IQ", *key, noise.next_draw()))
-
-
-def unit(noise: Noise | None) -> int:
-    """Elements of a draw that one block of its stream gives; programs start at multiples of it."""
-    return 1 if noise is None else 8 if noise.mode == "secure" else 2
+    words = struct.unpack("<10i", struct.pack("<8IQ", *key, noise.next_draw()))
+    return Draw(words, 8 if noise.mode == "secure" else 2)
 
 
 def plain(x: Tensor) -> Tensor:

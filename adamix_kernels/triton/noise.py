@@ -13,7 +13,7 @@ from adamix_kernels.device_lists import groups
 from adamix_kernels.ops._numerics import as_list
 from adamix_kernels.ops.noise import Noise
 from adamix_kernels.triton._random import normals
-from adamix_kernels.triton.launch import config, on, plain, scaled, stream, unit
+from adamix_kernels.triton.launch import config, draw, on, plain, scaled
 from adamix_kernels.triton.norm import TYPES, aligned, columns, scale, view, wide
 
 _STREAM = ["k0", "k1", "k2", "k3", "k4", "k5", "k6", "k7", "draw0", "draw1"]
@@ -56,21 +56,22 @@ def add_noise(
 def add_gaussian_noise_(tensor: Any, std: float | Tensor, noise: Noise) -> Any:
     parts = as_list(tensor)
     device = parts[0].device
-    words = stream(noise, device)
+    words, unit = draw(noise, device)
     # Memory that the kernel writes: the tensor's own, or a copy's that goes back.
     written = [plain(part) for part in parts]
     factor, number = scaled(1.0, std)
     sizes = config(device)
     with on(device), torch.no_grad():
-        for group in groups([part.view(1, part.numel()) for part in written], sizes.noise_width, unit(noise)):
+        for group in groups([part.view(1, part.numel()) for part in written], sizes.noise_width, unit):
             if len(group.blocks):
                 add_noise[(len(group.blocks),)](
                     group.table, group.blocks, factor, *number, *words,
-                    DTYPE=TYPES[group.dtype], WIDTH=sizes.noise_width, UNIT=unit(noise),
+                    DTYPE=TYPES[group.dtype], WIDTH=sizes.noise_width, UNIT=unit,
                     **sizes.options(sizes.noise_warps),
                 )  # fmt: skip
         for part, copy in zip(parts, written, strict=True):
             if copy.data_ptr() != part.data_ptr() or not part.is_contiguous():
                 part.copy_(copy)
-    torch.autograd.graph.increment_version(parts)  # they were written behind torch's back
+    # They were written behind torch's back.
+    torch.autograd.graph.increment_version([part for part in parts if not part.is_inference()])
     return tensor

@@ -83,6 +83,6 @@ def test_host_numbers_are_exact() -> None:
         assert torch.tensor([low, high], dtype=torch.int32).view(torch.float64).item() == x
     noise = kernels.Noise._with_key(bytes(range(200, 232)), "secure")
     noise._draws = 2**40 + 3
-    words = launch.stream(noise, torch.device("cpu"))
-    assert [w & 0xFFFFFFFF for w in words] == [*noise._key, 3, 2**8]
+    words, unit = launch.draw(noise, torch.device("cpu"))
+    assert [w & 0xFFFFFFFF for w in words] == [*noise._key, 3, 2**8] and unit == 8
     assert noise._draws == 2**40 + 4

@@ -135,6 +135,20 @@ def test_bad_samples_add_exactly_nothing(dtype: torch.dtype) -> None:
                        torch.tensor(0))  # fmt: skip
 
 
+@pytest.mark.usefixtures("sizes")
+def test_a_list_of_several_types() -> None:
+    generator = torch.Generator().manual_seed(0)
+    dtypes = [torch.float32, torch.bfloat16, torch.float64, torch.float32, torch.float16, torch.bfloat16]
+    parts = [torch.randn(5, n, generator=generator).to(d) for n, d in zip((21, 40, 3, 0, 9, 33), dtypes, strict=True)]
+    exact = torch.cat([p.double() for p in parts], 1).square().sum(1)
+    norm_sq = grad_norm_sq(parts)
+    assert bool((norm_sq >= exact).all()) and bool((norm_sq <= exact * (1 + 1e-6)).all())
+    out = clip_sum_noise(parts, 0.5, 1.5, Noise(seed=1))
+    wanted = clip_sum_noise.reference(parts, 0.5, 1.5, Noise(seed=1))
+    for one, other in zip(out.sum, wanted.sum, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
 def test_rows_too_small_for_float32_squares() -> None:
     """What underflows is made up for: 40,000 squares of 2^-76 are 2^-152 each, and 0 in float32."""
     row = torch.full((1, 40_000), 2.0**-76)
@@ -205,11 +219,11 @@ def test_noise_is_that_of_the_reference(mode: str, first: int) -> None:
 def test_noise_at_large_offsets(mode: str, offset: int) -> None:
     """As behind a tensor that does not fit here."""
     noise, out, width = Noise._with_key(KEY, mode), torch.zeros(100, dtype=torch.float64), 32
-    unit = launch.unit(noise)
+    words, unit = launch.draw(noise, out.device)
     table = torch.tensor([[out.data_ptr(), len(out), offset, 0]])
     blocks = torch.tensor([[0, i] for i in range(5)], dtype=torch.int32)
     noise_kernels.add_noise[(5,)](
-        table, blocks, None, *launch.double(1.0), *launch.stream(noise, out.device),
+        table, blocks, None, *launch.double(1.0), *words,
         DTYPE=noise_kernels.TYPES[out.dtype], WIDTH=width, UNIT=unit,
     )  # fmt: skip
     assert float((out - noise.normal(0, offset, len(out))).abs().max()) < 1e-13
@@ -255,6 +269,8 @@ def test_noise_that_is_refused() -> None:
     leaf = torch.zeros(3, requires_grad=True)
     with pytest.raises(kernels.BackendError, match="requires grad"):
         add_gaussian_noise_(leaf, 1.0, Noise(seed=0))
+    with torch.inference_mode():
+        assert bool(add_gaussian_noise_(torch.zeros(3), 1.0, Noise(seed=0)).all())
     with torch.no_grad():
         assert add_gaussian_noise_(leaf, 1.0, Noise(seed=0)) is leaf and bool(leaf.any())
     x = torch.zeros(10)
