@@ -26,32 +26,33 @@ _FEWEST = 32
 
 
 @triton.jit
-def _term(data, cols, lane, mask, coef, row, stop):
+def _term(data, cols, lane, mask, coef, row):
     """Float64 `coef[row] * x[row]`, exactly 0 for a row that is clipped away, whatever it holds."""
-    c = wide(tl.load(coef + row, row < stop, 0.0)).to(tl.float64)
-    x = wide(tl.load(data + row * cols + lane, mask & (row < stop), 0.0))
+    c = wide(tl.load(coef + row)).to(tl.float64)
+    x = wide(tl.load(data + row * cols + lane, mask))
     return tl.where(c > 0, c, 0.0) * tl.where(c > 0, x, 0.0).to(tl.float64)
 
 
 @triton.jit
-def _weighted(
-    address, cols, first, coef, start, stop, DTYPE: tl.constexpr, WIDTH: tl.constexpr, ALIGNED: tl.constexpr
-):  # fmt: skip
-    """Float64 `[WIDTH]`: the sum over rows start .. stop, in order, of coef times WIDTH columns."""
-    data, cols = view(address, cols, first, DTYPE, ALIGNED)
+def _weighted(address, cols, first, coef, start, stop, DTYPE: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr):
+    """Float64 `[WIDTH]`: the sum over rows start .. stop, in order, of coef times WIDTH columns.
+
+    `WHOLE`: 16 bytes at a time, all of them the tensor's. Elsewhere the columns that are nobody's hold anything.
+    """
+    data, cols = view(address, cols, first, DTYPE, WHOLE)
     low, high = columns(cols, first, WIDTH)
-    if ALIGNED:
-        low = low // (128 // DTYPE.primitive_bitwidth) * (128 // DTYPE.primitive_bitwidth)
-        high = high // (128 // DTYPE.primitive_bitwidth) * (128 // DTYPE.primitive_bitwidth)
     lane = tl.arange(0, WIDTH)
-    mask = (lane >= low) & (lane < high)
+    mask = None if WHOLE else (lane >= low) & (lane < high)
     total = tl.zeros([WIDTH], tl.float64)
-    for row in range(start, stop, 4):
-        t0 = _term(data, cols, lane, mask, coef, row, stop)
-        t1 = _term(data, cols, lane, mask, coef, row + 1, stop)
-        t2 = _term(data, cols, lane, mask, coef, row + 2, stop)
-        t3 = _term(data, cols, lane, mask, coef, row + 3, stop)
+    fours = start + (stop - start) // 4 * 4
+    for row in range(start, fours, 4):
+        t0 = _term(data, cols, lane, mask, coef, row)
+        t1 = _term(data, cols, lane, mask, coef, row + 1)
+        t2 = _term(data, cols, lane, mask, coef, row + 2)
+        t3 = _term(data, cols, lane, mask, coef, row + 3)
         total = total + t0 + t1 + t2 + t3
+    for row in range(fours, stop):
+        total += _term(data, cols, lane, mask, coef, row)
     return total
 
 
@@ -79,7 +80,7 @@ def weighted_sums(
     address, cols, start_out = tl.load(tensor), tl.load(tensor + 1), tl.load(tensor + 3)
     split = (program // entries).to(tl.int64)
     start, stop = split * share, tl.minimum(split * share + share, rows)
-    if aligned(address, cols, first, DTYPE):
+    if aligned(address, cols, first, DTYPE) & (first >= 0) & (first + WIDTH <= cols):
         total = _weighted(address, cols, first, coef, start, stop, DTYPE, WIDTH, True)
     else:
         total = _weighted(address, cols, first, coef, start, stop, DTYPE, WIDTH, False)

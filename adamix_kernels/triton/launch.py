@@ -35,7 +35,7 @@ class Launch:
     finish_tile: int = 1024
     finish_warps: int = 4
     #: Columns of a sum per program, twice as many of 2-byte types: four rows at a time are four 16-byte loads per
-    #: thread. That takes 52 and 110 registers, so 80 and 32 KiB are in flight.
+    #: thread. That takes about 95 and 110 registers, so 40 and 32 KiB are in flight.
     sum_width: int = 512
     sum_warps: int = 4
     #: With fewer programs than this, the samples are split among several; see `clip.py`.

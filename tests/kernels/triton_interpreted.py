@@ -6,9 +6,10 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
-import interpreter_bf16
+import interpreter_mends
 import pytest
 import torch
 from hypothesis import given, settings
@@ -23,7 +24,7 @@ from adamix_kernels.spec import FLOAT_DTYPES, Case, Op
 from adamix_kernels.triton import launch
 from adamix_kernels.triton import noise as noise_kernels
 
-interpreter_bf16.install()
+interpreter_mends.install()
 
 ACTUAL = launch.LAUNCHES["interpreter"]
 #: Many programs, blocks, chunks and splits even of small inputs.
@@ -153,6 +154,9 @@ def test_rows_too_small_for_float32_squares() -> None:
     """What underflows is made up for: 40,000 squares of 2^-76 are 2^-152 each, and 0 in float32."""
     row = torch.full((1, 40_000), 2.0**-76)
     assert grad_norm_sq(row).item() >= 40_000 * 2.0**-152
+    row[0, 0] = 2.0**-63
+    row[0, 1:] = 2.0**-75.5  # squares of 2^-151, less than half of the smallest denormal
+    assert Fraction(grad_norm_sq(row).item()) >= Fraction(2) ** -126 + 39_999 * Fraction(float(row[0, 1])) ** 2
     tiny = torch.finfo(torch.float32).tiny
     rows = torch.tensor([[0.0], [5e-324], [1e-170], [1e-23], [1e-19], [1.0842021e-19]], dtype=torch.float64)
     for x in (rows, torch.zeros(2, 0)):
@@ -203,7 +207,7 @@ def test_factors_are_rounded_down() -> None:
 
 @pytest.mark.usefixtures("sizes")
 @pytest.mark.parametrize("mode", ["fast", "secure"])
-@pytest.mark.parametrize("first", [0, 1, 2, 7, 8, 129])
+@pytest.mark.parametrize("first", [0, 1, 7, 66])
 def test_noise_is_that_of_the_reference(mode: str, first: int) -> None:
     reference = Noise._with_key(KEY, mode)
     reference._draws = draw = 2**32 + 7
@@ -304,7 +308,7 @@ def test_same_bits_on_every_run() -> None:
         return [out.norm_sq, *out.sum]
 
     first = run()
-    assert all(torch.equal(a, b) for _ in range(3) for a, b in zip(run(), first, strict=True))
+    assert all(torch.equal(a, b) for _ in range(2) for a, b in zip(run(), first, strict=True))
 
 
 def test_partial_results_stay_small(monkeypatch: pytest.MonkeyPatch) -> None:

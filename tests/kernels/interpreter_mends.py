@@ -1,6 +1,7 @@
-"""Triton's interpreter keeps bfloat16 as uint16 and converts it wrongly; this mends the two conversions kernels use.
+"""Mends what is wrong with Triton's interpreter and would show in the kernels here.
 
-The kernels compute in float32 or float64 and meet bfloat16 only where they load and store.
+It keeps bfloat16 as uint16 and converts it wrongly. The kernels compute in float32 or float64 and meet bfloat16 only
+where they load and store, so the two conversions are enough. And in Triton 3.6, numpy 2.4 refuses its loop bounds.
 """
 
 from __future__ import annotations
@@ -35,3 +36,10 @@ def install() -> None:
         return original(x, source, target, rounding_mode)
 
     interpreter._convert_float = convert
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = patched
