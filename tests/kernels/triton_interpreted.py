@@ -298,6 +298,23 @@ def test_quantiles_of_awkward_values(dtype: torch.dtype) -> None:
         assert torch.equal(kernels.norm_quantile(many, q), kernels.norm_quantile.reference(many, q))
 
 
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_alignment_does_not_change_a_bit(dtype: torch.dtype) -> None:
+    """Whole blocks that start at 16 bytes are read another way."""
+    values = torch.randn(3, 48, generator=torch.Generator().manual_seed(0)).to(dtype)
+    askew = torch.cat([values.new_zeros(1), values.flatten()])[1:].view(3, 48)
+    assert values.data_ptr() % 16 == 0 and askew.data_ptr() % 16 != 0 and askew.is_contiguous()
+    one, other = (clip_sum_noise([x], 0.7, 1.0, Noise(seed=3)) for x in (values, askew))
+    expected = clip_sum_noise.reference([values], 0.7, 1.0, Noise(seed=3))
+    for a, b, c in zip([*one.sum, one.norm_sq], [*other.sum, other.norm_sq], [*expected.sum, one.norm_sq], strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, c, rtol=1e-6, atol=1e-6)
+    add_gaussian_noise_([values, askew], 1.0, Noise(seed=4))
+    flat = Noise(seed=4).normal(0, 0, 2 * values.numel()).view(2, 3, 48)
+    torch.testing.assert_close(values.double() - askew.double(), flat[0] - flat[1], rtol=0, atol=0.07)
+
+
 @pytest.mark.usefixtures("sizes")
 def test_same_bits_on_every_run() -> None:
     generator = torch.Generator().manual_seed(0)
