@@ -19,8 +19,9 @@ from adamix_kernels.triton.launch import NO_DRAW, Draw, config, draw, on, plain,
 from adamix_kernels.triton.noise import _STREAM
 from adamix_kernels.triton.norm import TYPES, aligned, columns, norms, scale, view, wide
 
-#: Bytes of partial sums, where few columns and many samples call for splitting the samples among programs.
-_SCRATCH = 1 << 22
+#: Bytes of partial sums, where few columns and many samples call for splitting the samples among programs. From 65,536
+#: columns on, nothing is split.
+_SCRATCH = 1 << 20
 #: Samples that are worth a program of their own.
 _FEWEST = 32
 

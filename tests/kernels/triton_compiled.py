@@ -108,6 +108,8 @@ def compiled(target: str, variant: Variant) -> Any:
             signature[name], constants[(i,)] = "constexpr", value
     warps = getattr(sizes, variant.warps)
     options = {"num_warps": warps} if variant.kernel is quantile.order_statistic else sizes.options(warps)
+    known = vars(triton.compiler.make_backend(gpu).parse_options(options))
+    assert options.keys() <= known.keys(), "the launcher refuses options that it does not know"
     return triton.compile(ASTSource(variant.kernel, signature, constants, hints), target=gpu, options=options)
 
 
