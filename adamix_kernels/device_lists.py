@@ -21,6 +21,7 @@ class Group(NamedTuple):
     `table` `[n, 4]` int64: address of the rows, columns, offset in the list as one vector, offset in the result.
     `blocks` `[k, 2]` int32: the tensor and the block of columns in it that a program takes.
     `members`: which tensors of the list these are. `size`: elements of the result, gaps included.
+    `columns`: those of all members together. `widest`: those of the largest.
     """
 
     dtype: torch.dtype
@@ -28,27 +29,68 @@ class Group(NamedTuple):
     blocks: Tensor
     members: tuple[int, ...]
     size: int
+    columns: int
+    widest: int
 
 
-def groups(parts: Sequence[Tensor], block: int) -> list[Group]:
+def groups(parts: Sequence[Tensor], block: int, unit: int = 1) -> list[Group]:
     """The contiguous tensors `[B, *]` of a list, by dtype, cut into blocks of `block` columns.
+
+    Blocks start where the offset in the list is a multiple of `unit`, which divides `block`: the first of a tensor at
+    column `-(offset % unit)`, the columns below 0 being nobody's.
 
     The tables of recent lists are kept: a training loop mostly meets the same addresses again, and a captured CUDA
     graph must not copy from memory of the host.
     """
     key = tuple((part.data_ptr(), math.prod(part.shape[1:]), part.dtype) for part in parts)
-    return _groups(key, parts[0].device, block)
+    found, uploaded = _groups(key, parts[0].device, block, unit)
+    uploaded.wait(found)
+    return found
 
 
-@functools.lru_cache(maxsize=16)
-def _groups(key: tuple[tuple[int, int, torch.dtype], ...], device: torch.device, block: int) -> list[Group]:
+class _Upload:
+    """Tables are copied on one stream; a call on another must not read them before, nor torch reuse their memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream: torch.cuda.Stream | None = None
+        self.event: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            if torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "grad_sample: these tensors are new, and their addresses cannot be sent to the device while a "
+                    "CUDA graph is captured; call the op once on the same tensors before the capture"
+                )
+            self.stream = torch.cuda.current_stream(device)
+
+    def done(self) -> _Upload:
+        if self.stream is not None:
+            self.event = self.stream.record_event()
+        return self
+
+    def wait(self, found: list[Group]) -> None:
+        """Not in a capture, which may depend on nothing outside; torch waits for the device before it begins one."""
+        if self.event is None or (now := torch.cuda.current_stream(self.device)) == self.stream:
+            return
+        if not torch.cuda.is_current_stream_capturing():
+            now.wait_event(self.event)
+            for group in found:
+                group.table.record_stream(now)
+                group.blocks.record_stream(now)
+
+
+@functools.lru_cache(maxsize=64)
+def _groups(
+    key: tuple[tuple[int, int, torch.dtype], ...], device: torch.device, block: int, unit: int
+) -> tuple[list[Group], _Upload]:
+    upload = _Upload(device)
     offsets = np.cumsum([0] + [cols for _, cols, _ in key])
     found = []
     for dtype in dict.fromkeys(dtype for _, _, dtype in key):
         members = [i for i, part in enumerate(key) if part[2] == dtype]
         cols = np.array([key[i][1] for i in members], dtype=np.int64)
         starts = np.cumsum([0] + [_padded(int(size)) for size in cols])
-        counts = -(-cols // block)
+        counts = np.where(cols > 0, -(-(cols + offsets[members] % unit) // block), 0)
         table = np.stack([[key[i][0] for i in members], cols, offsets[members], starts[:-1]], axis=1)
         within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         blocks = np.stack([np.repeat(np.arange(len(members)), counts), within], axis=1)
@@ -59,9 +101,11 @@ def _groups(key: tuple[tuple[int, int, torch.dtype], ...], device: torch.device,
                 _upload(blocks.astype(np.int32), device),
                 tuple(members),
                 int(starts[-1]),
+                int(cols.sum()),
+                int(cols.max()),
             )
         )
-    return found
+    return found, upload.done()
 
 
 def _upload(values: np.ndarray, device: torch.device) -> Tensor:

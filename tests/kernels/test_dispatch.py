@@ -138,9 +138,9 @@ def test_sums_are_float64_if_what_is_summed_is(dtypes: tuple[torch.dtype, ...]) 
 def test_a_backend_that_cannot_run_raises_instead_of_falling_back() -> None:
     with (
         kernels.use_backend("triton"),
-        pytest.raises(kernels.BackendError, match="clip_coef: backend 'triton' was asked for but this op has no"),
+        pytest.raises(kernels.BackendError, match="lift: backend 'triton' was asked for but this op has no"),
     ):
-        kernels.clip_coef(torch.ones(2), 1.0)
+        kernels.lift(torch.ones(2, 1), torch.ones(1, 2))
     with pytest.raises(ValueError, match="name: 'metal' is not a backend"), kernels.use_backend("metal"):
         pass
 

@@ -1,0 +1,140 @@
+"""How the Triton kernels are launched: sizes per architecture as data, and what the wrappers share on the host.
+
+Nothing is tuned at run time, which would need a driver and make results depend on timings. The sizes follow from this:
+all kernels stream memory once, so they want about 32 KiB of loads in flight per multiprocessor and enough programs to
+fill the device; the accumulators, in double, take two registers each.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import struct
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from adamix_kernels.ops.noise import Noise
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Widths and tiles are powers of two; `*_warps` are per program. No loop is software-pipelined."""
+
+    #: Columns behind one partial sum of squares: 8 bytes per 4096 elements of a row are P / 2 floats at B = 1024.
+    norm_block: int = 4096
+    #: Elements of one of the four loads a program makes at a time, and its columns where the tensors are wide: 4 rows
+    #: of 256. In 4 warps this is eight 16-byte loads per thread, 16 KiB per program.
+    norm_tile: int = 1024
+    norm_width: int = 256
+    norm_warps: int = 4
+    #: Partial sums added at a time.
+    finish_tile: int = 1024
+    finish_warps: int = 4
+    #: Columns of a sum per program, twice as many of 2-byte types: four rows at a time are four 16-byte loads per
+    #: thread. That takes about 95 and 110 registers, so 40 and 32 KiB are in flight.
+    sum_width: int = 512
+    sum_warps: int = 4
+    #: With fewer programs than this, the samples are split among several; see `clip.py`.
+    sum_programs: int = 4 * 132
+    #: Elements per program of the noise, which is bound by arithmetic: 4 pairs of normals per thread.
+    noise_width: int = 1024
+    noise_warps: int = 4
+    #: The most per thread, but for the quantile: 4 programs of 4 warps fit on a multiprocessor. Left to itself, ptxas
+    #: takes more in places, and for 8.0 even spills with fewer.
+    registers: int | None = 128
+    #: Values the quantile holds in registers; beyond, it reads them once per bit.
+    quantile_width: int = 16384
+    quantile_warps: int = 16
+
+    def options(self, warps: int) -> dict[str, int]:
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": warps, "num_stages": 1, **limit}
+
+
+#: By major compute capability, or the name of another target. A100 and H100/H200 differ in the number of
+#: multiprocessors (108, 132), B200 has 148. A warp of gfx942 has 64 threads, and 304 compute units want programs.
+LAUNCHES: dict[int | str, Launch] = {
+    8: Launch(sum_programs=4 * 108),
+    9: Launch(),
+    10: Launch(sum_programs=4 * 148),
+    "gfx942": Launch(
+        norm_warps=2,
+        finish_warps=2,
+        sum_warps=2,
+        noise_warps=2,
+        quantile_warps=8,
+        sum_programs=4 * 304,
+        registers=None,
+    ),
+    "default": Launch(),
+    "interpreter": Launch(sum_programs=4, registers=None),
+}
+
+
+def interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _target(device: torch.device) -> int | str:
+    if device.type == "cpu":
+        return "interpreter"
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    return torch.cuda.get_device_capability(device)[0]
+
+
+def config(device: torch.device) -> Launch:
+    return LAUNCHES.get(_target(device), LAUNCHES["gfx942" if torch.version.hip else "default"])
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the tensors'."""
+    if device.type == "cpu" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+def double(x: float) -> tuple[int, int]:
+    """As two int32: Triton passes a Python float as float32, and compiles anew for an int beyond 32 bits."""
+    return struct.unpack("<ii", struct.pack("<d", x))
+
+
+def scaled(scale: float, by: float | Tensor) -> tuple[Tensor | None, tuple[int, int]]:
+    """`scale * by` as kernels take it: the address of a factor on the device or None, and the rest of it."""
+    return (by.detach().double(), double(scale)) if isinstance(by, Tensor) else (None, double(scale * by))
+
+
+class Draw(NamedTuple):
+    """A reserved draw as kernels take it.
+
+    `words`: ten int32, eight of the key (Philox uses two) and the halves of the draw number. `unit`: how many normals
+    one block of the stream gives; programs start at multiples of it.
+    """
+
+    words: tuple[int, ...]
+    unit: int
+
+
+NO_DRAW = Draw((0,) * 10, 1)
+
+
+def draw(noise: Noise, device: torch.device) -> Draw:
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "noise: the draw number would be fixed in the CUDA graph being captured, and every replay would add the "
+            "same noise; capture the step without its noise, and call add_gaussian_noise_ after each replay"
+        )
+    key = (noise._key + [0] * 6)[:8]
+    words = struct.unpack("<10i", struct.pack("<8IQ", *key, noise.next_draw()))
+    return Draw(words, 8 if noise.mode == "secure" else 2)
+
+
+def plain(x: Tensor) -> Tensor:
+    """With memory that holds the values, in order."""
+    x = x.detach()
+    return (x.resolve_neg() if x.is_neg() else x).contiguous()
