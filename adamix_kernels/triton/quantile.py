@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from adamix_kernels.ops.quantile import _rank
+from adamix_kernels.ops.quantile import rank_of
 from adamix_kernels.triton.launch import config, on, plain
 from adamix_kernels.triton.norm import wide
 
@@ -68,7 +68,7 @@ def norm_quantile(norm_sq: Tensor, q: float) -> Tensor:
     width = sizes.quantile_width // 16 if count <= sizes.quantile_width // 16 else sizes.quantile_width
     with on(norm_sq.device):
         order_statistic[(1,)](
-            values, out, count, _rank(count, q),
+            values, out, count, rank_of(count, q),
             WIDTH=width, RESIDENT=count <= width, num_warps=sizes.quantile_warps, num_stages=1,
         )  # fmt: skip
     return out
