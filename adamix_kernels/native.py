@@ -38,13 +38,13 @@ def unavailable() -> str | None:
     return module if isinstance(module, str) else None
 
 
-def _no_memory(tensors: Sequence[Tensor]) -> str | None:
+def _no_memory(tensors: Sequence[Tensor], device: str = "cpu") -> str | None:
     """Kernels read memory by its address: tensors without any, or that only stand for others, are not for them."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() or torch._C._len_torch_dispatch_stack():
         return "tensor operations are being traced or replaced here; this backend runs outside of them"
     for part in tensors:
-        if part.device.type != "cpu":
-            return f"a tensor is on {part.device}; this backend takes CPU tensors"
+        if part.device.type != device:
+            return f"a tensor is on {part.device}; this backend takes {device.upper()} tensors"
         if type(part) not in (Tensor, torch.nn.Parameter):
             return f"a tensor is a {type(part).__name__}; this backend takes plain tensors"
         if torch._C._functorch.is_functorch_wrapped_tensor(part) or part._is_zerotensor():
