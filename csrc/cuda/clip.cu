@@ -63,7 +63,7 @@ __device__ void add_rows(const Chunk<T>& chunk, const Factors& factors, int64_t 
 
 // A warp takes a chunk of columns, or, where these are few (`split`), a block does, its warps one range of rows each.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)  // without the 2, ptxas saves registers on some devices, and spills
     sum_rows(List list, Factors factors, Noise noise, bool split, Result<T>* out) {
   constexpr int kColumns = Chunk<T>::kColumns;
   ADAMIX_DYNAMIC_SHARED(shared);

@@ -23,7 +23,6 @@ constexpr int kRing = 4;      // groups whose partial norms are kept: a block wr
                               // g + 2, which every block published after it had read group g
 constexpr int kSums = 32;     // float64 accumulators of a thread, in 64 registers
 constexpr int kSmallest = 6;  // the stages fill at least 1 / kSmallest of the shared memory
-constexpr int kDevices = 64;  // whose properties are remembered
 
 template <class T>
 constexpr int kSlots = kSums / kVec<T> < 8 ? kSums / kVec<T> : 8;  // most chunks of a warp
@@ -225,16 +224,10 @@ struct Device {
 };
 
 cudaError_t describe(int device, Device& found) {
-  static Device known[kDevices];  // written twice at worst, with the same
-  if (device < kDevices && known[device].multiprocessors) {
-    found = known[device];
-    return cudaSuccess;
-  }
   cudaError_t error = cudaDeviceGetAttribute(&found.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&found.cooperative, cudaDevAttrCooperativeLaunch, device);
   if (error == cudaSuccess)
     error = cudaDeviceGetAttribute(&found.multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (error == cudaSuccess && device < kDevices) known[device] = found;
   return error;
 }
 
