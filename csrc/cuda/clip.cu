@@ -7,7 +7,9 @@ namespace adamix {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kInFlight = 8;  // rows whose loads a lane has under way
+// Rows whose loads a lane has under way.
+template <class T, bool kAligned>
+constexpr int kInFlight = kAligned ? 8 : 16 / kVec<T>;
 
 // What the factor of a row is made of: `norm_sq` and the threshold, or the factors themselves.
 struct Factors {
@@ -36,27 +38,30 @@ __device__ void add(uint4 v, double factor, double (&sum)[kVec<T>]) {
 }
 
 // Adds the usable of the rows start .. stop. A row whose factor is not above 0 is not read.
-template <class T>
+template <bool kAligned, class T>
 __device__ void add_rows(const Chunk<T>& chunk, const Factors& factors, int64_t start, int64_t stop,
                          double (&sum)[kVec<T>]) {
+  constexpr int kAtOnce = kInFlight<T, kAligned>;
   const int lane = threadIdx.x % kWarp;
   const double threshold = factors.given ? 0.0 : factors.threshold.get();
   for (int64_t first = start; first < stop; first += kWarp) {
     const double mine = first + lane < stop ? factors.of(first + lane, threshold) : 0.0;
     unsigned usable = __ballot_sync(kAll, mine > 0);
     while (usable) {
-      uint4 values[kInFlight];
-      double factor[kInFlight];
+      uint4 values[kAtOnce];
+      double factor[kAtOnce];
 #pragma unroll
-      for (int i = 0; i < kInFlight; ++i) {
+      for (int i = 0; i < kAtOnce; ++i) {
         const int row = usable ? __ffs(usable) - 1 : -1;
         usable &= usable - 1;
         factor[i] = __shfl_sync(kAll, mine, row < 0 ? 0 : row);
         if (row < 0) factor[i] = 0;
-        values[i] = row < 0 ? make_uint4(0, 0, 0, 0) : chunk.load(first + row, lane);
+        const T* from = chunk.row(first + (row < 0 ? 0 : row));
+        const int count = row < 0 ? 0 : chunk.count;
+        values[i] = kAligned ? load_vector(from, count, lane) : gather(from, count, lane);
       }
 #pragma unroll
-      for (int i = 0; i < kInFlight; ++i) add<T>(values[i], factor[i], sum);
+      for (int i = 0; i < kAtOnce; ++i) add<T>(values[i], factor[i], sum);
     }
   }
 }
@@ -73,10 +78,13 @@ __global__ void __launch_bounds__(kThreads, 2)  // without the 2, ptxas saves re
   if (index >= list.count * Chunk<T>::kParts) return;  // only whole blocks where split
   const Chunk<T> chunk(list, index / Chunk<T>::kParts, static_cast<int>(index % Chunk<T>::kParts));
   double sum[kVec<T>] = {};
-  if (!split) {
-    if (chunk.count) add_rows(chunk, factors, 0, list.rows, sum);
-  } else {
-    if (chunk.count) add_rows(chunk, factors, list.rows * warp / warps, list.rows * (warp + 1) / warps, sum);
+  const int64_t start = split ? list.rows * warp / warps : 0;
+  const int64_t stop = split ? list.rows * (warp + 1) / warps : list.rows;
+  if (chunk.aligned)
+    add_rows<true>(chunk, factors, start, chunk.count ? stop : start, sum);
+  else
+    add_rows<false>(chunk, factors, start, chunk.count ? stop : start, sum);
+  if (split) {
 #pragma unroll
     for (int i = 0; i < kVec<T>; ++i) z[i * kWarp + lane] = sum[i];
     __syncthreads();

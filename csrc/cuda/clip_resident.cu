@@ -22,6 +22,7 @@ constexpr int kRows = 16;     // most rows of a group
 constexpr int kRing = 4;      // groups whose partial norms are kept: a block writes group g + 4 having waited for group
                               // g + 2, which every block published after it had read group g
 constexpr int kSums = 32;     // float64 accumulators of a thread, in 64 registers
+constexpr int kTogether = 4;  // rows whose sums go through a warp at once, so that they do not wait for each other
 constexpr int kSmallest = 6;  // the stages fill at least 1 / kSmallest of the shared memory
 
 template <class T>
@@ -70,11 +71,11 @@ __device__ void add_shrunk(uint4 v, double factor, double* sum) {
 // A lane's 16 bytes of a row on their way to `to`, zeros beyond the chunk's end.
 template <class T>
 __device__ void copy_async(const Chunk<T>& chunk, int64_t row, int lane, uint4* to) {
-  const T* from = chunk.data + row * chunk.stride;
+  const T* from = chunk.row(row);
   if (chunk.aligned && lane * kVec<T> < chunk.count) {
     __pipeline_memcpy_async(to, from + lane * kVec<T>, 16);
   } else if (chunk.aligned || sizeof(T) < 4) {  // no asynchronous copy is as narrow as 2 bytes
-    *to = chunk.aligned ? make_uint4(0, 0, 0, 0) : chunk.gather(from, lane);
+    *to = chunk.aligned ? make_uint4(0, 0, 0, 0) : gather(from, chunk.count, lane);
   } else if constexpr (sizeof(T) >= 4) {
     T* each = reinterpret_cast<T*>(to);
 #pragma unroll
@@ -129,11 +130,17 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   const auto publish = [&](int64_t group) {
     const int count = rows_of(group);
     const uint4* at = stage(group);
-    for (int row = 0; row < count; ++row) {
-      double sum = 0;
-      for (int slot = 0; slot < slots; ++slot, at += threads) sum += sum_sq<T>(*at);
-      sum = warp_sum(sum);
-      if (lane == 0) board.sums[group % 2][row][warp] = sum;
+    for (int first = 0; first < count; first += kTogether) {
+      double sum[kTogether] = {};
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i)
+        if (first + i < count)
+          for (int slot = 0; slot < slots; ++slot, at += threads) sum[i] += sum_sq<T>(*at);
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) sum[i] = warp_sum(sum[i]);
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i)
+        if (lane == i && first + i < count) board.sums[group % 2][first + i][warp] = sum[i];
     }
     __syncthreads();
     if (warp) return;

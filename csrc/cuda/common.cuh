@@ -103,7 +103,7 @@ __device__ inline double warp_sum(double x) {
   return x;
 }
 
-// Columns of a list that a warp takes: 32 kVec, a part of a block.
+// Columns of a list that a warp takes: 32 kVec, a part of a block, or the whole of one.
 template <class T>
 struct Chunk {
   static constexpr int kColumns = kWarp * kVec<T>;
@@ -117,12 +117,12 @@ struct Chunk {
   int32_t aligned;  // whether each row may be read 16 bytes at a time
 
   Chunk() = default;
-  __device__ Chunk(const List& list, int64_t block, int part) {
+  __device__ Chunk(const List& list, int64_t block, int part, int columns = kColumns) {
     const int32_t* at = list.blocks + 2 * block;
     const int64_t* tensor = list.table + 4 * static_cast<int64_t>(at[0]);
     const int64_t start = static_cast<int64_t>(at[1]) * kBlock + part * kColumns;
     const int64_t left = tensor[1] - start;
-    count = static_cast<int32_t>(left < 0 ? 0 : left < kColumns ? left : kColumns);
+    count = static_cast<int32_t>(left < 0 ? 0 : left < columns ? left : columns);
     stride = tensor[1];
     aligned = tensor[0] % 16 == 0 && stride % kVec<T> == 0;
     data = reinterpret_cast<const T*>(tensor[0]) + start;
@@ -134,29 +134,32 @@ struct Chunk {
   // else 32 apart, so that neighbouring lanes load neighbouring elements.
   __device__ int column(int lane, int i) const { return aligned ? lane * kVec<T> + i : i * kWarp + lane; }
 
-  // A lane's elements of a row, 0 beyond the end.
-  __device__ uint4 load(int64_t row, int lane) const {
-    const T* from = data + row * stride;
-    if (aligned)
-      return lane * kVec<T> < count ? __ldg(reinterpret_cast<const uint4*>(from) + lane) : make_uint4(0, 0, 0, 0);
-    return gather(from, lane);
-  }
-
-  __device__ uint4 gather(const T* from, int lane) const {
-    using Bits = std::conditional_t<sizeof(T) == 2, unsigned short,
-                                    std::conditional_t<sizeof(T) == 4, unsigned, unsigned long long>>;
-    const Bits* bits = reinterpret_cast<const Bits*>(from);
-    unsigned long long words[2] = {0, 0};
-#pragma unroll
-    for (int i = 0; i < kVec<T>; ++i) {
-      const int at = i * kWarp + lane;
-      const unsigned long long x = at < count ? __ldg(bits + at) : 0;
-      words[i / (kVec<T> / 2)] |= x << (i % (kVec<T> / 2) * 8 * static_cast<int>(sizeof(T)));
-    }
-    return make_uint4(static_cast<unsigned>(words[0]), static_cast<unsigned>(words[0] >> 32),
-                      static_cast<unsigned>(words[1]), static_cast<unsigned>(words[1] >> 32));
-  }
+  // Where a row of the chunk begins.
+  __device__ const T* row(int64_t index) const { return data + index * stride; }
 };
+
+// A lane's elements of a chunk's row of `count` columns that is aligned; 0 beyond the end.
+template <class T>
+__device__ uint4 load_vector(const T* from, int64_t count, int lane) {
+  return lane * kVec<T> < count ? __ldg(reinterpret_cast<const uint4*>(from) + lane) : make_uint4(0, 0, 0, 0);
+}
+
+// The same of one that is not.
+template <class T>
+__device__ uint4 gather(const T* from, int64_t count, int lane) {
+  using Bits = std::conditional_t<sizeof(T) == 2, unsigned short,
+                                  std::conditional_t<sizeof(T) == 4, unsigned, unsigned long long>>;
+  const Bits* bits = reinterpret_cast<const Bits*>(from);
+  unsigned long long words[2] = {0, 0};
+#pragma unroll
+  for (int i = 0; i < kVec<T>; ++i) {
+    const int at = i * kWarp + lane;
+    const unsigned long long x = at < count ? __ldg(bits + at) : 0;
+    words[i / (kVec<T> / 2)] |= x << (i % (kVec<T> / 2) * 8 * static_cast<int>(sizeof(T)));
+  }
+  return make_uint4(static_cast<unsigned>(words[0]), static_cast<unsigned>(words[0] >> 32),
+                    static_cast<unsigned>(words[1]), static_cast<unsigned>(words[1] >> 32));
+}
 
 // Calls `body` with a null pointer of the element type.
 template <class F>

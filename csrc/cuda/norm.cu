@@ -21,15 +21,26 @@ __global__ void __launch_bounds__(kThreads) partial_norms(List list, int64_t sli
     const int64_t row = task / slices, slice = task % slices;
     const int64_t start = list.count * slice / slices, stop = list.count * (slice + 1) / slices;
     double sum = 0;
-    for (int64_t block = start; block < stop; ++block)
+    for (int64_t block = start; block < stop; ++block) {
+      const Chunk<T> whole(list, block, 0, kBlock);
       for (int part = 0; part < Chunk<T>::kParts; part += kInFlight) {
         static_assert(Chunk<T>::kParts % kInFlight == 0);
+        const T* from = whole.row(row) + part * Chunk<T>::kColumns;
+        const int count = whole.count - part * Chunk<T>::kColumns;
         uint4 values[kInFlight];
+        if (whole.aligned) {
 #pragma unroll
-        for (int i = 0; i < kInFlight; ++i) values[i] = Chunk<T>(list, block, part + i).load(row, lane);
+          for (int i = 0; i < kInFlight; ++i)
+            values[i] = load_vector(from + i * Chunk<T>::kColumns, count - i * Chunk<T>::kColumns, lane);
+        } else {
+#pragma unroll
+          for (int i = 0; i < kInFlight; ++i)
+            values[i] = gather(from + i * Chunk<T>::kColumns, count - i * Chunk<T>::kColumns, lane);
+        }
 #pragma unroll
         for (int i = 0; i < kInFlight; ++i) sum += sum_sq<T>(values[i]);
       }
+    }
     sum = warp_sum(sum);
     if (lane) continue;
     if (norm_sq)
