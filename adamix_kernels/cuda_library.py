@@ -158,6 +158,6 @@ class Call:
 def number(value: float | Tensor) -> tuple[Number, Tensor | None]:
     """What the kernels take for a number, and the memory it stands in."""
     if not isinstance(value, Tensor):
-        return Number(None, value), None
+        return Number(None, float(value)), None
     memory = value.detach().double()
     return Number(memory.data_ptr(), 0.0), memory

@@ -134,8 +134,10 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
       double sum[kTogether] = {};
 #pragma unroll
       for (int i = 0; i < kTogether; ++i)
-        if (first + i < count)
+        if (first + i < count) {
+#pragma unroll 4
           for (int slot = 0; slot < slots; ++slot, at += threads) sum[i] += sum_sq<T>(*at);
+        }
 #pragma unroll
       for (int i = 0; i < kTogether; ++i) sum[i] = warp_sum(sum[i]);
 #pragma unroll
@@ -191,18 +193,17 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     }
   };
 
-  for (int group = 0; group < kStages; ++group) fetch(group);
-  __pipeline_wait_prior(kStages - 1);
-  __syncwarp();  // the wait alone does not keep the compiler from reading before it
-  publish(0);
-  for (int64_t group = 0; group < groups; ++group) {
+  for (int group = 0; group < kStages - 1; ++group) fetch(group);
+  for (int64_t group = -1; group < groups; ++group) {
     if (group + 1 < groups) {
       __pipeline_wait_prior(kStages - 2);
-      __syncwarp();
+      __syncwarp();  // the wait alone does not keep the compiler from reading before it
       publish(group + 1);
     }
-    make_factors(group);
-    add_group(group);
+    if (group >= 0) {
+      make_factors(group);
+      add_group(group);
+    }
     fetch(group + kStages);
   }
 

