@@ -103,6 +103,17 @@ def test_both_versions_give_the_reference(dtype: torch.dtype, shapes: str, rows:
     assert single or rows < 5
 
 
+def test_lists_of_several_dtypes() -> None:
+    kinds = [torch.float32, torch.bfloat16, torch.float64, torch.float32, torch.float16]
+    parts = [values(5, 700 + 300 * i, dtype=dtype, seed=i) for i, dtype in enumerate(kinds)]
+    expected = clip_sum_noise.reference(parts, 3.0, 0.5, Noise(seed=4))
+    with device():
+        got = clip_sum_noise(parts, 3.0, 0.5, Noise(seed=4))
+    assert [s.dtype for s in got.sum] == [s.dtype for s in expected.sum]
+    torch.testing.assert_close(got.norm_sq, expected.norm_sq, rtol=1e-6, atol=0)
+    torch.testing.assert_close(flat(got.sum), flat(expected.sum), rtol=2e-7, atol=2e-6)
+
+
 def test_groups_of_one_row_and_of_many() -> None:
     rows = values(37, 700)
     with device(shared=24 << 10) as emulated:
