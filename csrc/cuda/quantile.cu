@@ -66,8 +66,7 @@ __global__ void __launch_bounds__(kThreads) kth_root(const T* values, int64_t co
     }
     __syncthreads();
     prefix |= static_cast<Key>(found[0]) << shift;
-    rank = static_cast<int64_t>(found[1]);
-    __syncthreads();
+    rank = static_cast<int64_t>(found[1]);  // written again only after two more barriers
   }
   if (threadIdx.x == 0) *out = static_cast<float>(sqrt(number(prefix)));
 }
