@@ -80,20 +80,37 @@ void add_rows(const Part& part, int64_t start, int64_t size, const std::vector<d
   }
 }
 
-// Writes a block's sums, with their noise, rounded once. `total` may be where they go, if they go there in order.
+template <class T>
+ADAMIX_INLINE void round_sums(const double* total, double std, const double* z, void* out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) static_cast<T*>(out)[i] = static_cast<T>(total[i] + std * z[i]);
+}
+template <class T>
+void round_sums_portable(const double* total, double std, const double* z, void* out, int64_t n) {
+  round_sums<T>(total, std, z, out, n);
+}
+template <class T>
+ADAMIX_AVX2 void round_sums_avx2(const double* total, double std, const double* z, void* out, int64_t n) {
+  round_sums<T>(total, std, z, out, n);
+}
+template <class T>
+ADAMIX_AVX512 void round_sums_avx512(const double* total, double std, const double* z, void* out, int64_t n) {
+  round_sums<T>(total, std, z, out, n);
+}
+
+// Writes sums, with their noise, rounded once. `total` may lie where they go: a piece is read before it is written, and
+// what is written of it never reaches the next.
 void finish(const Part& part, int64_t start, int64_t size, const double* total, const Noise* noise) {
   constexpr int64_t kPiece = 1024;
-  double z[kPiece];
+  const bool wide = part.dtype == DType::kFloat64;
+  const auto kernel = wide ? pick(round_sums_portable<double>, round_sums_avx2<double>, round_sums_avx512<double>)
+                           : pick(round_sums_portable<float>, round_sums_avx2<float>, round_sums_avx512<float>);
+  char* out = static_cast<char*>(part.out) + start * (wide ? 8 : 4);
+  double z[kPiece] = {}, piece[kPiece];
   for (int64_t i = 0; i < size; i += kPiece) {
     const int64_t n = std::min(kPiece, size - i);
-    std::fill_n(z, n, 0.0);
     if (noise != nullptr) noise->normals(part.offset + start + i, n, z);
-    const double std = noise != nullptr ? noise->std : 0;
-    for (int64_t j = 0; j < n; ++j) z[j] = total[i + j] + std * z[j];
-    if (part.dtype == DType::kFloat64)
-      std::copy_n(z, n, static_cast<double*>(part.out) + start + i);
-    else
-      std::copy_n(z, n, static_cast<float*>(part.out) + start + i);
+    std::copy_n(total + i, n, piece);
+    kernel(piece, noise != nullptr ? noise->std : 0, z, out + i * (wide ? 8 : 4), n);
   }
 }
 

@@ -4,7 +4,7 @@
 #if defined(__x86_64__) && defined(__GNUC__)
 #define ADAMIX_X86 1
 #define ADAMIX_AVX2 __attribute__((target("avx2,fma,f16c")))
-#define ADAMIX_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c")))
+#define ADAMIX_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c,prefer-vector-width=512")))
 #else
 #define ADAMIX_AVX2
 #define ADAMIX_AVX512

@@ -14,6 +14,7 @@ struct Noise {
   uint64_t draw;
   double std;
 
+  bool secure() const { return key.size() == 8; }
   // Raises std::invalid_argument for a key of another size.
   void check() const;
   // Standard normals first .. first + n of the draw; on the calling thread.
