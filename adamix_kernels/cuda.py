@@ -6,7 +6,6 @@ Nothing here waits for the device: a threshold in device memory is read there.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Sequence
 from ctypes import CDLL
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from adamix_kernels.cuda_library import DTYPES, Call, Drawn, List, Number, Plan, number, refused, unavailable
 from adamix_kernels.device_lists import Group, groups, results
+from adamix_kernels.memory import not_writable, overlap, plain
 from adamix_kernels.ops._numerics import as_list
 from adamix_kernels.ops.clip import ClippedSum, clip_coef, clip_sum, clip_sum_noise
 from adamix_kernels.ops.noise import Noise, add_gaussian_noise_
@@ -29,7 +29,7 @@ _MOST_SLICES = 4096  # of a row, that one warp adds in the end
 
 
 def _rows(grad_sample: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    return [part.detach().contiguous() for part in as_list(grad_sample)]
+    return [plain(part) for part in as_list(grad_sample)]
 
 
 def _list(group: Group, rows: int) -> List:
@@ -108,7 +108,7 @@ def _sums(
     return flat
 
 
-@grad_norm_sq.register("cuda", unavailable=unavailable, refuses=lambda grad_sample: refused(as_list(grad_sample)))
+@grad_norm_sq.register("cuda", unavailable=unavailable, refuses=lambda grad_sample: refused(*as_list(grad_sample)))
 def _grad_norm_sq(grad_sample: Tensor | Sequence[Tensor]) -> Tensor:
     parts = _rows(grad_sample)
     call = Call("grad_norm_sq", parts[0].device)
@@ -117,22 +117,18 @@ def _grad_norm_sq(grad_sample: Tensor | Sequence[Tensor]) -> Tensor:
     return out
 
 
-def _plain(numbers: Tensor) -> Tensor:
+def _numbers(values: Tensor) -> Tensor:
     """As float32 or float64, contiguous."""
-    return (numbers if numbers.dtype == torch.float64 else numbers.float()).detach().contiguous()
-
-
-def _with_threshold(tensors: Sequence[Tensor], max_grad_norm: float | Tensor) -> str | None:
-    return refused([*tensors, max_grad_norm] if isinstance(max_grad_norm, Tensor) else tensors)
+    return plain(values if values.dtype == torch.float64 else values.float())
 
 
 @clip_coef.register(
     "cuda",
     unavailable=unavailable,
-    refuses=lambda norm_sq, max_grad_norm: _with_threshold([norm_sq], max_grad_norm),
+    refuses=lambda **given: refused(*given.values()),
 )
 def _clip_coef(norm_sq: Tensor, max_grad_norm: float | Tensor) -> Tensor:
-    call, values = Call("clip_coef", norm_sq.device), _plain(norm_sq)
+    call, values = Call("clip_coef", norm_sq.device), _numbers(norm_sq)
     limit, _memory = number(max_grad_norm)
     out = call.empty(len(values))
     call("clip_factors", DTYPES[values.dtype], values.data_ptr(), len(values), limit, out.data_ptr())
@@ -142,10 +138,10 @@ def _clip_coef(norm_sq: Tensor, max_grad_norm: float | Tensor) -> Tensor:
 @clip_sum.register(
     "cuda",
     unavailable=unavailable,
-    refuses=lambda grad_sample, coef: refused([*as_list(grad_sample), coef]),
+    refuses=lambda grad_sample, coef: refused(*as_list(grad_sample), coef),
 )
 def _clip_sum(grad_sample: Tensor | Sequence[Tensor], coef: Tensor) -> Any:
-    parts, factors = _rows(grad_sample), coef.detach().double().contiguous()
+    parts, factors = _rows(grad_sample), plain(coef.double())
     call, found = Call("clip_sum", parts[0].device), groups(parts, _BLOCK)
     flat = _sums(call, found, len(factors), None, factors, Number(), Drawn())
     return _shaped(grad_sample, parts, found, flat)
@@ -160,7 +156,7 @@ def _plan(index: int, dtype: int, blocks: int, rows: int, library: CDLL) -> tupl
 @clip_sum_noise.register(
     "cuda",
     unavailable=unavailable,
-    refuses=lambda grad_sample, max_grad_norm, **_: _with_threshold(as_list(grad_sample), max_grad_norm),
+    refuses=lambda grad_sample, max_grad_norm, **_: refused(*as_list(grad_sample), max_grad_norm),
 )
 def _clip_sum_noise(
     grad_sample: Tensor | Sequence[Tensor],
@@ -190,27 +186,11 @@ def _clip_sum_noise(
     return ClippedSum(_shaped(grad_sample, parts, found, sums), norm_sq)
 
 
-def _no_noise(tensor: Any, std: float | Tensor, noise: Noise) -> str | None:
-    parts = as_list(tensor)
-    if torch.is_grad_enabled() and any(part.requires_grad for part in parts):
-        return "a tensor requires grad; add noise under torch.no_grad()"
-    return _with_threshold(parts, std) or _overlapping(parts)
-
-
-def _overlapping(parts: Sequence[Tensor]) -> str | None:
-    """One launch writes them all: where two share memory, one's noise would be lost."""
-    spans = []
-    for part in parts:
-        if part.numel():
-            last = sum((size - 1) * stride for size, stride in zip(part.shape, part.stride(), strict=True))
-            spans.append((part.data_ptr(), part.data_ptr() + (last + 1) * part.element_size()))
-    spans.sort()
-    if any(second[0] < first[1] for first, second in itertools.pairwise(spans)):
-        return "tensors of the list share memory; this backend writes them all at once"
-    return None
-
-
-@add_gaussian_noise_.register("cuda", unavailable=unavailable, refuses=_no_noise)
+@add_gaussian_noise_.register(
+    "cuda",
+    unavailable=unavailable,
+    refuses=lambda tensor, std, noise: not_writable(tensor) or refused(*as_list(tensor), std) or overlap(tensor),
+)
 def _add_gaussian_noise_(tensor: Any, std: float | Tensor, noise: Noise) -> Any:
     parts = as_list(tensor)
     flat = _rows(parts)
@@ -221,16 +201,16 @@ def _add_gaussian_noise_(tensor: Any, std: float | Tensor, noise: Noise) -> Any:
         call("add_noise", DTYPES[group.dtype], _list(group, 1), drawn)
     with torch.no_grad():
         for part, noisy in zip(parts, flat, strict=True):
-            if part.is_contiguous():
+            if noisy is part:
                 torch.autograd.graph.increment_version(part)  # it was written behind torch's back
             else:
                 part.copy_(noisy)
     return tensor
 
 
-@norm_quantile.register("cuda", unavailable=unavailable, refuses=lambda norm_sq, q: refused([norm_sq]))
+@norm_quantile.register("cuda", unavailable=unavailable, refuses=lambda **given: refused(*given.values()))
 def _norm_quantile(norm_sq: Tensor, q: float) -> Tensor:
-    call, values = Call("norm_quantile", norm_sq.device), _plain(norm_sq)
+    call, values = Call("norm_quantile", norm_sq.device), _numbers(norm_sq)
     out = call.empty()
     count = len(values)
     call("norm_quantile", DTYPES[values.dtype], values.data_ptr(), count, rank_of(count, q), out.data_ptr())

@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import warnings
-from collections.abc import Sequence
 from ctypes import POINTER, c_double, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adamix_kernels.native import _no_memory
+from adamix_kernels.memory import none_behind
 from adamix_kernels.ops.noise import Noise
 
 #: The type of device whose tensors the kernels take. The tests run them on an emulator, on CPU tensors.
@@ -105,15 +104,8 @@ def unavailable() -> str | None:
     return library if isinstance(library, str) else None
 
 
-def refused(tensors: Sequence[Tensor]) -> str | None:
-    return _no_memory(tensors, DEVICE) or _too_old(tensors[0].device)
-
-
-@functools.cache
-def _too_old(device: torch.device) -> str | None:
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0):
-        return None
-    return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
+def refused(*given: Any) -> str | None:
+    return none_behind(given, DEVICE)
 
 
 class Call:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adamix_kernels.memory import none_behind, not_writable, plain
 from adamix_kernels.ops._numerics import as_list, sum_dtype
 from adamix_kernels.ops.clip import ClippedSum, clip_coef, clip_sum, clip_sum_noise
 from adamix_kernels.ops.noise import Noise, add_gaussian_noise_
@@ -40,20 +41,6 @@ def unavailable() -> str | None:
     return module if isinstance(module, str) else None
 
 
-def _no_memory(tensors: Sequence[Tensor], device: str = "cpu") -> str | None:
-    """Kernels read memory by its address: tensors without any, or that only stand for others, are not for them."""
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() or torch._C._len_torch_dispatch_stack():
-        return "tensor operations are being traced or replaced here; this backend runs outside of them"
-    for part in tensors:
-        if part.device.type != device:
-            return f"a tensor is on {part.device}; this backend takes {device.upper()} tensors"
-        if type(part) not in (Tensor, torch.nn.Parameter):
-            return f"a tensor is a {type(part).__name__}; this backend takes plain tensors"
-        if torch._C._functorch.is_functorch_wrapped_tensor(part) or part._is_zerotensor():
-            return "a tensor is inside a torch.func transform or has no storage; this backend takes plain tensors"
-    return None
-
-
 def _module() -> ModuleType:
     module = load()
     assert isinstance(module, ModuleType)  # dispatch has asked `unavailable`
@@ -65,11 +52,6 @@ def _dtype(dtype: torch.dtype) -> Any:
     return getattr(_module().DType, str(dtype).removeprefix("torch."))
 
 
-def _rows(part: Tensor) -> Tensor:
-    """The memory a kernel may walk through; it must outlive the call."""
-    return part if part.is_contiguous() and not part.is_neg() else part.resolve_neg().contiguous()
-
-
 @functools.cache
 def cache_bytes() -> int:
     """Size of the processor's last cache; 16 MiB if it is not known."""
@@ -78,34 +60,32 @@ def cache_bytes() -> int:
     return max(found, default=16 << 20)
 
 
-@grad_norm_sq.register("cpp", unavailable=unavailable, refuses=lambda grad_sample: _no_memory(as_list(grad_sample)))
+@grad_norm_sq.register(
+    "cpp", unavailable=unavailable, refuses=lambda grad_sample: none_behind(as_list(grad_sample), "cpu")
+)
 def _grad_norm_sq(grad_sample: Tensor | Sequence[Tensor]) -> Tensor:
-    parts = [_rows(part) for part in as_list(grad_sample)]
+    parts = [plain(part) for part in as_list(grad_sample)]
     out = torch.empty(parts[0].shape[0], dtype=torch.float32, device="cpu")  # whatever the default device
     described = [(p.data_ptr(), math.prod(p.shape[1:]), _dtype(p.dtype)) for p in parts]
     _module().grad_norm_sq(described, len(out), out.data_ptr(), torch.get_num_threads())
     return out
 
 
-def _no_threshold(max_grad_norm: float | Tensor) -> list[Tensor]:
-    return [max_grad_norm] if isinstance(max_grad_norm, Tensor) else []
-
-
 @clip_coef.register(
     "cpp",
     unavailable=unavailable,
-    refuses=lambda norm_sq, max_grad_norm: _no_memory([norm_sq, *_no_threshold(max_grad_norm)]),
+    refuses=lambda norm_sq, max_grad_norm: none_behind([norm_sq, max_grad_norm], "cpu"),
 )
 def _clip_coef(norm_sq: Tensor, max_grad_norm: float | Tensor) -> Tensor:
-    squares = _rows(norm_sq)
+    squares = plain(norm_sq)
     out = torch.empty(len(squares), dtype=torch.float32, device="cpu")
     _module().clip_coef(squares.data_ptr(), _dtype(squares.dtype), float(max_grad_norm), len(squares), out.data_ptr())
     return out
 
 
-@norm_quantile.register("cpp", unavailable=unavailable, refuses=lambda norm_sq, q: _no_memory([norm_sq]))
+@norm_quantile.register("cpp", unavailable=unavailable, refuses=lambda norm_sq, q: none_behind([norm_sq], "cpu"))
 def _norm_quantile(norm_sq: Tensor, q: float) -> Tensor:
-    squares = _rows(norm_sq)
+    squares = plain(norm_sq)
     count = len(squares)
     norm = _module().norm_quantile(squares.data_ptr(), _dtype(squares.dtype), count, rank_of(count, q))
     return torch.tensor(norm, dtype=torch.float32, device="cpu")
@@ -113,7 +93,7 @@ def _norm_quantile(norm_sq: Tensor, q: float) -> Tensor:
 
 def _parts(grad_sample: Tensor | Sequence[Tensor]) -> tuple[list[tuple[Any, ...]], list[Tensor], list[Tensor]]:
     """What a kernel is told of each part; the memory that must outlive the call; where the sums go."""
-    rows = [_rows(part) for part in as_list(grad_sample)]
+    rows = [plain(part) for part in as_list(grad_sample)]
     sums = [torch.empty(part.shape[1:], dtype=sum_dtype(part), device="cpu") for part in rows]
     described, offset = [], 0
     for part, out in zip(rows, sums, strict=True):
@@ -126,11 +106,11 @@ def _parts(grad_sample: Tensor | Sequence[Tensor]) -> tuple[list[tuple[Any, ...]
 @clip_sum.register(
     "cpp",
     unavailable=unavailable,
-    refuses=lambda grad_sample, coef: _no_memory([*as_list(grad_sample), coef]),
+    refuses=lambda grad_sample, coef: none_behind([*as_list(grad_sample), coef], "cpu"),
 )
 def _clip_sum(grad_sample: Tensor | Sequence[Tensor], coef: Tensor) -> Any:
     described, _alive, sums = _parts(grad_sample)
-    factors = _rows(coef)
+    factors = plain(coef)
     _module().clip_sum(described, len(factors), factors.data_ptr(), _dtype(factors.dtype), torch.get_num_threads())
     return sums[0] if isinstance(grad_sample, Tensor) else sums
 
@@ -138,7 +118,7 @@ def _clip_sum(grad_sample: Tensor | Sequence[Tensor], coef: Tensor) -> Any:
 @clip_sum_noise.register(
     "cpp",
     unavailable=unavailable,
-    refuses=lambda grad_sample, max_grad_norm, **_: _no_memory([*as_list(grad_sample), *_no_threshold(max_grad_norm)]),
+    refuses=lambda grad_sample, max_grad_norm, **_: none_behind([*as_list(grad_sample), max_grad_norm], "cpu"),
 )
 def _clip_sum_noise(
     grad_sample: Tensor | Sequence[Tensor],
@@ -159,19 +139,16 @@ def _clip_sum_noise(
     return ClippedSum(sums[0] if isinstance(grad_sample, Tensor) else sums, norm_sq)
 
 
-def _no_noise(tensor: Any, std: float | Tensor, noise: Noise) -> str | None:
-    parts = as_list(tensor)
-    if torch.is_grad_enabled() and any(part.requires_grad for part in parts):
-        return "a tensor requires grad; add noise under torch.no_grad()"
-    return _no_memory([*parts, std] if isinstance(std, Tensor) else parts)
-
-
-@add_gaussian_noise_.register("cpp", unavailable=unavailable, refuses=_no_noise)
+@add_gaussian_noise_.register(
+    "cpp",
+    unavailable=unavailable,
+    refuses=lambda tensor, std, noise: not_writable(tensor) or none_behind([*as_list(tensor), std], "cpu"),
+)
 def _add_gaussian_noise_(tensor: Any, std: float | Tensor, noise: Noise) -> Any:
     draw, offset = noise.next_draw(), 0
     for part in as_list(tensor):
         with torch.no_grad():
-            flat = _rows(part if part.dtype == torch.float64 else part.float())
+            flat = plain(part if part.dtype == torch.float64 else part.float())
             _module().add_gaussian_noise(
                 flat.data_ptr(),
                 _dtype(flat.dtype),

@@ -8,17 +8,15 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from adamix_kernels import native
+from adamix_kernels.memory import none_behind, not_writable, overlap
 from adamix_kernels.ops._numerics import as_list
 from adamix_kernels.ops.clip import clip_coef, clip_sum, clip_sum_noise
-from adamix_kernels.ops.noise import Noise, add_gaussian_noise_
+from adamix_kernels.ops.noise import add_gaussian_noise_
 from adamix_kernels.ops.norm import grad_norm_sq
 from adamix_kernels.ops.quantile import norm_quantile
 from adamix_kernels.triton.launch import interpreting
@@ -31,40 +29,8 @@ def unavailable() -> str | None:
     return None if interpreting() or torch.cuda.is_available() else "torch finds no GPU"
 
 
-@functools.cache
-def _too_old(device: torch.device) -> str | None:
-    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) >= (8, 0):
-        return None
-    return f"{device} is older than compute capability 8.0"
-
-
-def _no_memory(*given: Any) -> str | None:
-    tensors = [x for x in given if isinstance(x, Tensor)]
-    first = tensors[0].device
-    for x in tensors:
-        if x.device != first:
-            return f"tensors are on {first} and {x.device}"
-    return native._no_memory(tensors, "cpu" if interpreting() else "cuda") or _too_old(first)
-
-
-def _no_noise(tensor: Any, std: float | Tensor, noise: Noise) -> str | None:
-    parts = as_list(tensor)
-    if torch.is_grad_enabled() and any(part.requires_grad for part in parts):
-        return "a tensor requires grad; add noise under torch.no_grad()"
-    return _no_memory(*parts, std) or _overlap(parts)
-
-
-def _overlap(parts: Sequence[Tensor]) -> str | None:
-    """One launch writes all parts, in no order."""
-    if len(parts) > 1:
-        spans = sorted((x.data_ptr(), x.data_ptr() + _extent(x) * x.element_size()) for x in parts if x.numel())
-        if any(right[0] < left[1] for left, right in itertools.pairwise(spans)):
-            return "tensors of the list share memory or lie in one another's gaps"
-    return None
-
-
-def _extent(x: Tensor) -> int:
-    return 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+def _refused(*given: Any) -> str | None:
+    return none_behind(given, "cpu" if interpreting() else "cuda")
 
 
 def _attach(op: Any, module: str, refuses: Callable[..., str | None]) -> None:
@@ -79,13 +45,17 @@ def _attach(op: Any, module: str, refuses: Callable[..., str | None]) -> None:
         return kernel()(**arguments)
 
 
-_attach(grad_norm_sq, "norm", lambda grad_sample: _no_memory(*as_list(grad_sample)))
-_attach(clip_coef, "norm", lambda **given: _no_memory(*given.values()))
-_attach(clip_sum, "clip", lambda grad_sample, coef: _no_memory(*as_list(grad_sample), coef))
+_attach(grad_norm_sq, "norm", lambda grad_sample: _refused(*as_list(grad_sample)))
+_attach(clip_coef, "norm", lambda **given: _refused(*given.values()))
+_attach(clip_sum, "clip", lambda grad_sample, coef: _refused(*as_list(grad_sample), coef))
 _attach(
     clip_sum_noise,
     "clip",
-    lambda grad_sample, max_grad_norm, **_: _no_memory(*as_list(grad_sample), max_grad_norm),
+    lambda grad_sample, max_grad_norm, **_: _refused(*as_list(grad_sample), max_grad_norm),
 )
-_attach(add_gaussian_noise_, "noise", _no_noise)
-_attach(norm_quantile, "quantile", lambda **given: _no_memory(*given.values()))
+_attach(
+    add_gaussian_noise_,
+    "noise",
+    lambda tensor, std, noise: not_writable(tensor) or _refused(*as_list(tensor), std) or overlap(tensor),
+)
+_attach(norm_quantile, "quantile", lambda **given: _refused(*given.values()))

@@ -11,11 +11,12 @@ import triton.language as tl
 from torch import Tensor
 
 from adamix_kernels.device_lists import groups, results
+from adamix_kernels.memory import plain
 from adamix_kernels.ops._numerics import as_list
 from adamix_kernels.ops.clip import ClippedSum
 from adamix_kernels.ops.noise import Noise
 from adamix_kernels.triton._random import normals
-from adamix_kernels.triton.launch import NO_DRAW, Draw, config, draw, on, plain, scaled
+from adamix_kernels.triton.launch import NO_DRAW, Draw, config, draw, on, scaled
 from adamix_kernels.triton.noise import _STREAM
 from adamix_kernels.triton.norm import TYPES, aligned, columns, norms, scale, view, wide
 

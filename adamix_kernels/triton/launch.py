@@ -132,9 +132,3 @@ def draw(noise: Noise, device: torch.device) -> Draw:
     key = (noise._key + [0] * 6)[:8]
     words = struct.unpack("<10i", struct.pack("<8IQ", *key, noise.next_draw()))
     return Draw(words, 8 if noise.mode == "secure" else 2)
-
-
-def plain(x: Tensor) -> Tensor:
-    """With memory that holds the values, in order."""
-    x = x.detach()
-    return (x.resolve_neg() if x.is_neg() else x).contiguous()

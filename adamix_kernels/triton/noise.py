@@ -10,10 +10,11 @@ import triton.language as tl
 from torch import Tensor
 
 from adamix_kernels.device_lists import groups
+from adamix_kernels.memory import plain
 from adamix_kernels.ops._numerics import as_list
 from adamix_kernels.ops.noise import Noise
 from adamix_kernels.triton._random import normals
-from adamix_kernels.triton.launch import config, draw, on, plain, scaled
+from adamix_kernels.triton.launch import config, draw, on, scaled
 from adamix_kernels.triton.norm import TYPES, aligned, columns, scale, view, wide
 
 _STREAM = ["k0", "k1", "k2", "k3", "k4", "k5", "k6", "k7", "draw0", "draw1"]

@@ -10,8 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from adamix_kernels.device_lists import Group, groups
+from adamix_kernels.memory import plain
 from adamix_kernels.triton._random import double as joined
-from adamix_kernels.triton.launch import config, double, on, plain, scaled
+from adamix_kernels.triton.launch import config, double, on, scaled
 
 # The bound. Float32 squares of narrower inputs, at most four in a float32 sum: five roundings (products, additions),
 # so the sum of n of them is low by less than 5 2^-24 of itself and by 2^-149 for each square that underflows. The

@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from adamix_kernels.memory import plain
 from adamix_kernels.ops.quantile import rank_of
-from adamix_kernels.triton.launch import config, on, plain
+from adamix_kernels.triton.launch import config, on
 from adamix_kernels.triton.norm import wide
 
 

@@ -344,7 +344,7 @@ def test_what_is_not_taken() -> None:
         torch.func.vmap(grad_norm_sq)(torch.ones(2, 3, 4))
     with pytest.raises(kernels.BackendError, match="is on meta"):
         grad_norm_sq(torch.ones(3, 4, device="meta"))
-    with pytest.raises(kernels.BackendError, match="tensors are on cpu and meta"):
+    with pytest.raises(kernels.BackendError, match="a tensor is on meta"):
         clip_coef(torch.ones(3), torch.tensor(1.0, device="meta"))
 
 
