@@ -196,12 +196,13 @@ def define_op(
 
 def op_table() -> str:
     """The ops as a Markdown table, for the README."""
-    lines = ["| op | what | arguments | results | compiled |", "|---|---|---|---|---|"]
+    lines = ["| op | what | arguments | results | backends besides torch |", "|---|---|---|---|---|"]
     for op in OPS.values():
         arguments = ", ".join(f"`{name} {axes.text}`" for name, axes in op._axes.items())
         results = ", ".join(f"`{out.name} [{', '.join(out.axes.split())}]`" for out in op.returns)
         what = (op.__doc__ or "").splitlines()[0].rstrip(".")
-        lines.append(f"| `{op.name}` | {what} | {arguments} | {results} | {', '.join(op.backends) or '-'} |")
+        faster = ", ".join(name for name in AUTO_ORDER if name in op.backends)
+        lines.append(f"| `{op.name}` | {what} | {arguments} | {results} | {faster or '-'} |")
     return "\n".join(lines)
 
 
