@@ -1,7 +1,7 @@
 """Gaussian noise beside torch's own generator (CPU) and beside a plain addition in place (GPU).
 
-pytest benchmarks/test_noise.py --benchmark-enable            on the CPU; -s shows the tables
-pytest benchmarks/test_noise.py --benchmark-enable -m gpu     on a GPU
+pytest benchmarks/test_gaussian_noise.py --benchmark-enable            on the CPU; -s shows the tables
+pytest benchmarks/test_gaussian_noise.py --benchmark-enable -m gpu     on a GPU
 """
 
 from __future__ import annotations
