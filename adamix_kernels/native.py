@@ -21,6 +21,8 @@ from adamix_kernels.ops.noise import Noise, add_gaussian_noise_
 from adamix_kernels.ops.norm import grad_norm_sq
 from adamix_kernels.ops.quantile import norm_quantile, rank_of
 
+CPU = torch.device("cpu")  # whatever the default device
+
 
 @functools.cache
 def load() -> ModuleType | str:
@@ -65,7 +67,7 @@ def cache_bytes() -> int:
 )
 def _grad_norm_sq(grad_sample: Tensor | Sequence[Tensor]) -> Tensor:
     parts = [plain(part) for part in as_list(grad_sample)]
-    out = torch.empty(parts[0].shape[0], dtype=torch.float32, device="cpu")  # whatever the default device
+    out = torch.empty(parts[0].shape[0], dtype=torch.float32, device=CPU)
     described = [(p.data_ptr(), math.prod(p.shape[1:]), _dtype(p.dtype)) for p in parts]
     _module().grad_norm_sq(described, len(out), out.data_ptr(), torch.get_num_threads())
     return out
@@ -78,7 +80,7 @@ def _grad_norm_sq(grad_sample: Tensor | Sequence[Tensor]) -> Tensor:
 )
 def _clip_coef(norm_sq: Tensor, max_grad_norm: float | Tensor) -> Tensor:
     squares = plain(norm_sq)
-    out = torch.empty(len(squares), dtype=torch.float32, device="cpu")
+    out = torch.empty(len(squares), dtype=torch.float32, device=CPU)
     _module().clip_coef(squares.data_ptr(), _dtype(squares.dtype), float(max_grad_norm), len(squares), out.data_ptr())
     return out
 
@@ -88,13 +90,13 @@ def _norm_quantile(norm_sq: Tensor, q: float) -> Tensor:
     squares = plain(norm_sq)
     count = len(squares)
     norm = _module().norm_quantile(squares.data_ptr(), _dtype(squares.dtype), count, rank_of(count, q))
-    return torch.tensor(norm, dtype=torch.float32, device="cpu")
+    return torch.tensor(norm, dtype=torch.float32, device=CPU)
 
 
 def _parts(grad_sample: Tensor | Sequence[Tensor]) -> tuple[list[tuple[Any, ...]], list[Tensor], list[Tensor]]:
     """What a kernel is told of each part; the memory that must outlive the call; where the sums go."""
     rows = [plain(part) for part in as_list(grad_sample)]
-    sums = [torch.empty(part.shape[1:], dtype=sum_dtype(part), device="cpu") for part in rows]
+    sums = [torch.empty(part.shape[1:], dtype=sum_dtype(part), device=CPU) for part in rows]
     described, offset = [], 0
     for part, out in zip(rows, sums, strict=True):
         cols = out.numel()
@@ -127,14 +129,22 @@ def _clip_sum_noise(
     noise: Noise | None = None,
 ) -> ClippedSum:
     described, rows, sums = _parts(grad_sample)
-    norm_sq = torch.empty(len(rows[0]), dtype=torch.float32, device="cpu")
+    norm_sq = torch.empty(rows[0].shape[0], dtype=torch.float32, device=CPU)
     threshold, key, draw = float(max_grad_norm), [], 0
     if noise_multiplier:
         assert noise is not None  # the op has checked
         key, draw = noise._key, noise.next_draw()
     std = noise_multiplier * threshold if noise_multiplier else 0.0  # 0 times an infinite threshold is none
     _module().clip_sum_noise(
-        described, len(norm_sq), threshold, norm_sq.data_ptr(), key, draw, std, torch.get_num_threads(), cache_bytes()
+        described,
+        norm_sq.shape[0],
+        threshold,
+        norm_sq.data_ptr(),
+        key,
+        draw,
+        std,
+        torch.get_num_threads(),
+        cache_bytes(),
     )
     return ClippedSum(sums[0] if isinstance(grad_sample, Tensor) else sums, norm_sq)
 

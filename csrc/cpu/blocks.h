@@ -16,7 +16,7 @@ namespace adamix {
 constexpr int64_t kBlock = 16384;
 
 // Elements below which waking the other threads costs more than they do.
-constexpr int64_t kSerial = 1 << 16;
+constexpr int64_t kSerial = 1 << 15;
 
 struct Block {
   int64_t part, start, size;

@@ -105,7 +105,8 @@ void finish(const Part& part, int64_t start, int64_t size, const double* total, 
   const auto kernel = wide ? pick(round_sums_portable<double>, round_sums_avx2<double>, round_sums_avx512<double>)
                            : pick(round_sums_portable<float>, round_sums_avx2<float>, round_sums_avx512<float>);
   char* out = static_cast<char*>(part.out) + start * (wide ? 8 : 4);
-  double z[kPiece] = {}, piece[kPiece];
+  double z[kPiece], piece[kPiece];
+  std::fill_n(z, std::min(kPiece, size), 0.0);
   for (int64_t i = 0; i < size; i += kPiece) {
     const int64_t n = std::min(kPiece, size - i);
     if (noise != nullptr) noise->normals(part.offset + start + i, n, z);
@@ -142,18 +143,20 @@ std::vector<Carried> carry(const std::vector<Part>& parts, const std::vector<Blo
   return carried;
 }
 
-// How many rows to take at a time: few enough that they are still in cache when, their norms known, they are added, and
-// at least two, since each time the accumulators are read and written too. If not even two stay in cache, all: the
-// second reading is then from memory, but the accumulators of a block stay in the second-level cache.
+// How many rows to take at a time. All, if all stay in cache. Else few enough that they are still in cache when, their
+// norms known, they are added, and at least two, since each time the accumulators are read and written too. If not even
+// two stay in cache, all: the second reading is then from memory, but a block's accumulators stay in a cache.
 int64_t rows_together(const std::vector<Part>& parts, int64_t rows, int64_t cache) {
   int64_t bytes = 1;
   for (const Part& part : parts) bytes += part.cols * size_of(part.dtype);
-  return 4 * bytes > cache ? rows : std::min(rows, std::max<int64_t>(2, cache / 8 / bytes));
+  if (rows * bytes <= cache || 4 * bytes > cache) return rows;
+  return std::max<int64_t>(2, cache / 8 / bytes);
 }
 
 // A block's sums over all rows, whose factors these are.
 void sum_block(const Part& part, const Block& block, const std::vector<double>& coef, const Noise* noise) {
-  double total[kBlock] = {};
+  double total[kBlock];
+  std::fill_n(total, block.size, 0.0);
   add_rows(part, block.start, block.size, coef, 0, coef.size(), total);
   finish(part, block.start, block.size, total, noise);
 }

@@ -26,7 +26,9 @@ from adamix_kernels import (
 )
 
 pytestmark = pytest.mark.skipif(isinstance(native.load(), str), reason="the compiled CPU kernels were not built")
-EVERYTHING, A_FEW_ROWS, TWO_ROWS, NOTHING = 1 << 40, 8 * 5 * 190_000, 4 * 190_000, 0  # of `samples` below, in bytes
+COLUMNS = 3 * 5 + 20_001 + 1 + 5_000 + 33
+#: Caches that keep all rows of `samples` between norm and sum (as float32), five, two, or none: then all are taken.
+EVERYTHING, FIVE_ROWS, TWO_ROWS, NOTHING = 1 << 40, 8 * 5 * 4 * (COLUMNS + 1), 4 * 4 * (COLUMNS + 1), 0
 
 
 @pytest.fixture
@@ -37,10 +39,10 @@ def module() -> Any:
     found.use_isa(found.best_isa())
 
 
-def samples(dtype: torch.dtype, rows: int = 13) -> list[Tensor]:
-    """A ragged list of some 47,000 columns; one row is not finite, one is huge, one is zero."""
+def samples(dtype: torch.dtype, rows: int = 60) -> list[Tensor]:
+    """A ragged list; one row is not finite, one is huge, one is zero."""
     generator = torch.Generator().manual_seed(0)
-    parts = [torch.randn(rows, *shape, generator=generator) for shape in [(3, 5), (40_001,), (), (7_000,), (33,)]]
+    parts = [torch.randn(rows, *shape, generator=generator) for shape in [(3, 5), (20_001,), (), (5_000,), (33,)]]
     parts[1][3, 17] = torch.nan
     for part in parts:
         part[5] *= 1e4
@@ -72,7 +74,7 @@ def test_same_bits_for_every_cache_thread_count_and_instruction_set(
             if int(isa) > int(module.best_isa()):
                 continue
             module.use_isa(isa)
-            for cache in (EVERYTHING, A_FEW_ROWS, TWO_ROWS, NOTHING):
+            for cache in (EVERYTHING, FIVE_ROWS, TWO_ROWS, NOTHING):
                 for count in (1, 2, 3):
                     torch.set_num_threads(count)
                     assert same(fused(parts, cache, 1.3, mode), expected)
@@ -80,7 +82,7 @@ def test_same_bits_for_every_cache_thread_count_and_instruction_set(
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("cache", [EVERYTHING, A_FEW_ROWS, TWO_ROWS, NOTHING])
+@pytest.mark.parametrize("cache", [EVERYTHING, FIVE_ROWS, TWO_ROWS, NOTHING])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_it_is_the_ops_one_after_the_other(cache: int, dtype: torch.dtype) -> None:
     parts = samples(dtype)
@@ -88,6 +90,15 @@ def test_it_is_the_ops_one_after_the_other(cache: int, dtype: torch.dtype) -> No
         norm_sq = grad_norm_sq(parts)
         sums = clip_sum(parts, clip_coef(norm_sq, 0.7))
     assert same(fused(parts, cache), ClippedSum(sums, norm_sq))
+
+
+def test_wide_rows_cut_into_the_largest_blocks() -> None:
+    rows = torch.randn(9, 600_001, generator=torch.Generator().manual_seed(1))
+    two = fused([rows], 4 * 4 * 600_002, 1.0)
+    assert same(two, fused([rows], EVERYTHING, 1.0))
+    with use_backend("torch"):
+        expected = clip_sum_noise([rows], 0.7, 1.0, Noise._with_key(bytes(range(32)), "fast"))
+    torch.testing.assert_close(two.sum, expected.sum, rtol=1e-6, atol=1e-6)
 
 
 def test_noise_is_that_of_a_draw_on_the_whole_list() -> None:
@@ -116,13 +127,13 @@ def test_every_result_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not any(part.isnan().any() for part in result.sum)
 
 
-@pytest.mark.parametrize("cache", [EVERYTHING, A_FEW_ROWS, TWO_ROWS, NOTHING])
+@pytest.mark.parametrize("cache", [EVERYTHING, FIVE_ROWS, TWO_ROWS, NOTHING])
 @settings(max_examples=25, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
     reach=st.floats(-1, 1),
     threshold=st.floats(1e-3, 1e3),
-    at=st.integers(0, 12),
+    at=st.integers(0, 59),
     value=st.sampled_from([None, torch.inf, torch.nan]),
 )
 def test_one_sample_moves_the_sum_by_at_most_the_threshold(
@@ -130,7 +141,7 @@ def test_one_sample_moves_the_sum_by_at_most_the_threshold(
 ) -> None:
     """Replaced by anything: each of the two contributes at most the threshold, or nothing if it is not finite."""
     generator = torch.Generator().manual_seed(seed)
-    rows = torch.randn(13, 1200, generator=generator) * threshold / 30
+    rows = torch.randn(60, 1200, generator=generator) * threshold / 30
     other = rows.clone()
     other[at] = torch.randn(1200, generator=generator) * 10.0 ** (reach * 36)
     if value is not None:
@@ -138,7 +149,7 @@ def test_one_sample_moves_the_sum_by_at_most_the_threshold(
     gone = rows.clone()
     gone[at] = 0
     with pytest.MonkeyPatch.context() as patch, use_backend("cpp"):
-        patch.setattr(native, "cache_bytes", lambda: cache and cache * 1200 // 47_000)
+        patch.setattr(native, "cache_bytes", lambda: cache * 1200 // COLUMNS)
         sums = [clip_sum_noise(x, threshold).sum.double() for x in (other, gone)]
     rounding = 2**-24 * (sums[0].norm() + sums[1].norm())
     assert float((sums[0] - sums[1]).norm() - rounding) <= threshold * (1 + 1e-6)
