@@ -148,9 +148,12 @@ def _clip_sum(grad_sample: Tensor | Sequence[Tensor], coef: Tensor) -> Any:
 
 
 @functools.lru_cache(maxsize=256)
-def _plan(index: int, dtype: int, blocks: int, rows: int, library: CDLL) -> tuple[int, Plan]:
+def _plan(index: int, dtype: int, blocks: int, rows: int, library: CDLL) -> Plan:
     plan = Plan()
-    return library.adamix_clip_sum_plan(index, dtype, blocks, rows, plan), plan
+    error = library.adamix_clip_sum_plan(index, dtype, blocks, rows, plan)
+    if error:  # not kept: the next call may find memory
+        raise RuntimeError(f"clip_sum_noise: CUDA error: {library.adamix_error(error).decode()}")
+    return plan
 
 
 @clip_sum_noise.register(
@@ -174,8 +177,7 @@ def _clip_sum_noise(
     drawn = call.noise(noise, noise_multiplier, limit)
     if resident and len(found) == 1:
         group, dtype = found[0], DTYPES[found[0].dtype]
-        error, plan = _plan(call.index, dtype, len(group.blocks), rows, call.library)
-        call.check(error)
+        plan = _plan(call.index, dtype, len(group.blocks), rows, call.library)
         if plan.grid:
             flat, scratch = _empty_sums(call, group), call.empty(plan.scratch, dtype=torch.float64)
             terms, at = _columns(parts), (scratch.data_ptr(), norm_sq.data_ptr(), flat.data_ptr())

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adamix_kernels.memory import none_behind
+from adamix_kernels.memory import capturing, none_behind, scalar
 from adamix_kernels.ops.noise import Noise
 
 #: The type of device whose tensors the kernels take. The tests run them on an emulator, on CPU tensors.
@@ -101,11 +101,30 @@ def load() -> ctypes.CDLL | str:
 
 def unavailable() -> str | None:
     library = load()
-    return library if isinstance(library, str) else None
+    if isinstance(library, str):
+        return library
+    return _fails_on(torch.cuda.current_device()) if DEVICE == "cuda" else None
 
 
 def refused(*given: Any) -> str | None:
-    return none_behind(given, DEVICE)
+    reason = none_behind(given, DEVICE)
+    if reason is None and DEVICE == "cuda" and unavailable() is None:
+        index = next(x.device.index for x in given if isinstance(x, Tensor))
+        reason = _fails_on(index or 0)
+    return reason
+
+
+@functools.cache
+def _fails_on(index: int) -> str | None:
+    """Why no kernel can run on a device: an old driver, say, or one the library holds no code for. Warns, once."""
+    library = load()
+    assert isinstance(library, ctypes.CDLL)
+    error = library.adamix_clip_sum_plan(index, 0, 1, 1, Plan())
+    if not error:
+        return None
+    reason = f"the CUDA kernels fail on device {index}: {library.adamix_error(error).decode()}"
+    warnings.warn(f"adamix_kernels: {reason}.", RuntimeWarning, stacklevel=2)
+    return reason
 
 
 class Call:
@@ -138,7 +157,7 @@ class Call:
         """Standard deviation `factor` times `unit`; takes a draw."""
         if noise is None or not factor:
             return Drawn()
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if capturing(self.device):
             raise RuntimeError(
                 f"{self.op}: noise cannot be captured in a CUDA graph, each replay would repeat the draw; "
                 "capture the sum without noise and add the noise outside of the graph"
@@ -151,5 +170,5 @@ def number(value: float | Tensor) -> tuple[Number, Tensor | None]:
     """What the kernels take for a number, and the memory it stands in."""
     if not isinstance(value, Tensor):
         return Number(None, float(value)), None
-    memory = value.detach().double()
+    memory = scalar(value)
     return Number(memory.data_ptr(), 0.0), memory

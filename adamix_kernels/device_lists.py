@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from adamix_kernels.memory import capturing
+
 #: Results start at multiples of this many elements, so that a thread may write 16 bytes at once.
 _ALIGN = 16
 
@@ -56,7 +58,7 @@ class _Upload:
         self.stream: torch.cuda.Stream | None = None
         self.event: torch.cuda.Event | None = None
         if device.type == "cuda":
-            if torch.cuda.is_current_stream_capturing():
+            if capturing(device):
                 raise RuntimeError(
                     "grad_sample: these tensors are new, and their addresses cannot be sent to the device while a "
                     "CUDA graph is captured; call the op once on the same tensors before the capture"
@@ -70,13 +72,17 @@ class _Upload:
 
     def wait(self, found: list[Group]) -> None:
         """Not in a capture, which may depend on nothing outside; torch waits for the device before it begins one."""
-        if self.event is None or (now := torch.cuda.current_stream(self.device)) == self.stream:
-            return
-        if not torch.cuda.is_current_stream_capturing():
+        if capturing(self.device):
+            _captured.append(found)
+        elif self.event is not None and (now := torch.cuda.current_stream(self.device)) != self.stream:
             now.wait_event(self.event)
             for group in found:
                 group.table.record_stream(now)
                 group.blocks.record_stream(now)
+
+
+#: Tables whose addresses stand in a CUDA graph, which may be replayed for as long as the process lives.
+_captured: list[list[Group]] = []
 
 
 @functools.lru_cache(maxsize=64)

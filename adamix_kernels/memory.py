@@ -18,6 +18,19 @@ def plain(x: Tensor) -> Tensor:
     return x if x.is_contiguous() and not x.is_neg() else x.resolve_neg().contiguous()
 
 
+def scalar(x: Tensor) -> Tensor:
+    """A number on the device as float64 in memory of its own: not that of a tensor a kernel is about to write."""
+    return x.detach().resolve_neg().to(torch.float64, copy=True)
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured on the current stream of `device`, which need not be the current one."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
 def none_behind(tensors: Sequence[Any], device: str) -> str | None:
     """Why there is no memory of a `device` behind some of these; what is no tensor is passed over.
 

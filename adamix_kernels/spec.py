@@ -150,16 +150,23 @@ class Op(Generic[P, R]):
     def _run(self, bound: dict[str, Any]) -> R:
         forced = _forced.get()
         if forced == "torch":
-            return self.reference(**bound)  # type: ignore[call-arg]
+            return self._refer(bound)
         if forced != "auto":
             reason = self.why_not(forced, bound)
             if reason is not None:
                 raise BackendError(f"{self.name}: backend {forced!r} was asked for but {reason}")
             return self.backends[forced].run(**bound)
         for name in AUTO_ORDER:
-            if name in self.backends and self.why_not(name, bound) is None:
-                return self.backends[name].run(**bound)
-        return self.reference(**bound)  # type: ignore[call-arg]
+            # What is refused by its tensors alone must not wake a driver: the process may yet fork.
+            entry = self.backends.get(name)
+            if entry is not None and entry.refuses(**bound) is None and entry.unavailable() is None:
+                return entry.run(**bound)
+        return self._refer(bound)
+
+    def _refer(self, bound: dict[str, Any]) -> R:
+        """Results have no history on any backend; but a leaf that requires grad is not to be written in place."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.name.endswith("_")):
+            return self.reference(**bound)  # type: ignore[call-arg]
 
     def why_not(self, backend: str, bound: Mapping[str, Any] | None = None) -> str | None:
         """Why `backend` cannot run this op (or, with `bound`, this call); None if it can."""
@@ -219,6 +226,11 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _forced.reset(token)
+
+
+def asked_for() -> str:
+    """The backend that `use_backend` insists on here, or "auto"."""
+    return _forced.get()
 
 
 def backends() -> dict[str, dict[str, str]]:

@@ -51,8 +51,9 @@ def round_down(x: Tensor) -> Tensor:
 
 def weighted_sum(x: Tensor, coef: Tensor) -> Tensor:
     """Float64 `[*]`: the sum over b of coef[b] x[b]. Rows with coef 0 are left out, whatever they hold."""
-    keep = (coef > 0)[:, None]
-    blocks = [coef.double() @ block.double().where(keep, 0.0) for block in rows(x).split(_BLOCK, dim=1)]
+    keep = coef > 0
+    factors = coef.double().where(keep, 0.0)
+    blocks = [factors @ block.double().where(keep[:, None], 0.0) for block in rows(x).split(_BLOCK, dim=1)]
     return torch.cat(blocks).reshape(x.shape[1:])
 
 

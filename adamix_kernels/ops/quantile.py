@@ -13,7 +13,7 @@ from adamix_kernels.spec import Case, Cost, Out, define_op
 
 def rank_of(count: int, q: float) -> int:
     """How many of `count` values must lie at or below the quantile; 0.9 * 10 counts as 9 despite rounding."""
-    return max(1, math.ceil(count * q - 1e-9))
+    return max(1, math.ceil(count * q * (1 - 1e-12)))
 
 
 def _cases() -> list[Case]:
@@ -26,6 +26,7 @@ def _cases() -> list[Case]:
         case("odd", 101, 0.37),
         case("smallest", 50, 0.0),
         case("largest", 50, 1.0),
+        Case("nan", lambda g: {"norm_sq": torch.tensor([2.0, torch.nan, 1.0, torch.nan, 3.0]).double(), "q": 0.6}),
         Case("ties", lambda g: {"norm_sq": torch.tensor([1.0, 2.0, 2.0, 2.0, 3.0]).double(), "q": 0.5}),
     ]
 

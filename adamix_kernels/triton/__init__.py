@@ -8,10 +8,12 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from adamix_kernels.memory import none_behind, not_writable, overlap
 from adamix_kernels.ops._numerics import as_list
@@ -19,6 +21,7 @@ from adamix_kernels.ops.clip import clip_coef, clip_sum, clip_sum_noise
 from adamix_kernels.ops.noise import add_gaussian_noise_
 from adamix_kernels.ops.norm import grad_norm_sq
 from adamix_kernels.ops.quantile import norm_quantile
+from adamix_kernels.spec import asked_for
 from adamix_kernels.triton.launch import interpreting
 
 
@@ -30,7 +33,26 @@ def unavailable() -> str | None:
 
 
 def _refused(*given: Any) -> str | None:
-    return none_behind(given, "cpu" if interpreting() else "cuda")
+    if interpreting():
+        if asked_for() != "triton":
+            return "Triton's interpreter is slow and rounds bfloat16 wrongly; it runs only where it is asked for"
+        return none_behind(given, "cpu")
+    reason = none_behind(given, "cuda")
+    if reason is None and unavailable() is None:
+        reason = _fails_on(next(x.device for x in given if isinstance(x, Tensor)))
+    return reason
+
+
+@functools.cache
+def _fails_on(device: torch.device) -> str | None:
+    """Why no kernel can run on a device: a broken installation, say, or no C compiler. Warns, once."""
+    try:
+        importlib.import_module("adamix_kernels.triton.norm").clip_coef(torch.ones(1, device=device), 1.0)
+    except Exception as error:  # whatever an installation may raise
+        reason = f"Triton fails on {device}: {type(error).__name__}: {error}"
+        warnings.warn(f"adamix_kernels: {reason}. Falling back.", RuntimeWarning, stacklevel=2)
+        return reason
+    return None
 
 
 def _attach(op: Any, module: str, refuses: Callable[..., str | None]) -> None:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from adamix_kernels.memory import capturing, scalar
 from adamix_kernels.ops.noise import Noise
 
 
@@ -106,7 +107,7 @@ def double(x: float) -> tuple[int, int]:
 
 def scaled(scale: float, by: float | Tensor) -> tuple[Tensor | None, tuple[int, int]]:
     """`scale * by` as kernels take it: the address of a factor on the device or None, and the rest of it."""
-    return (by.detach().double(), double(scale)) if isinstance(by, Tensor) else (None, double(scale * by))
+    return (scalar(by), double(scale)) if isinstance(by, Tensor) else (None, double(scale * by))
 
 
 class Draw(NamedTuple):
@@ -124,7 +125,7 @@ NO_DRAW = Draw((0,) * 10, 1)
 
 
 def draw(noise: Noise, device: torch.device) -> Draw:
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if capturing(device):
         raise RuntimeError(
             "noise: the draw number would be fixed in the CUDA graph being captured, and every replay would add the "
             "same noise; capture the step without its noise, and call add_gaussian_noise_ after each replay"

@@ -22,7 +22,7 @@ class Barrier {
   }
 
  private:
-  static constexpr int kSpins = 10000;
+  static constexpr int kSpins = 200;
   std::atomic<int> arrived_{0};
   std::atomic<unsigned> turn_{0};
 };

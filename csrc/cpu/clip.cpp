@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <numeric>
 #include <type_traits>
@@ -80,6 +81,27 @@ void add_rows(const Part& part, int64_t start, int64_t size, const std::vector<d
   }
 }
 
+// An infinite norm makes the quotient 0, or NaN, and no NaN passes the last comparison.
+ADAMIX_INLINE void make_coef(const double* norm_sq, int64_t rows, double threshold, float* coef) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const double quotient = threshold / std::sqrt(norm_sq[i]), exact = quotient > 1 ? 1 : quotient;
+    const float nearest = static_cast<float>(exact);
+    uint32_t bits;
+    std::memcpy(&bits, &nearest, sizeof bits);
+    bits -= nearest > exact;
+    coef[i] = exact >= std::numeric_limits<float>::min() ? as_float(bits) : 0;
+  }
+}
+void coef_portable(const double* norm_sq, int64_t rows, double threshold, float* coef) {
+  make_coef(norm_sq, rows, threshold, coef);
+}
+ADAMIX_AVX2 void coef_avx2(const double* norm_sq, int64_t rows, double threshold, float* coef) {
+  make_coef(norm_sq, rows, threshold, coef);
+}
+ADAMIX_AVX512 void coef_avx512(const double* norm_sq, int64_t rows, double threshold, float* coef) {
+  make_coef(norm_sq, rows, threshold, coef);
+}
+
 template <class T>
 ADAMIX_INLINE void round_sums(const double* total, double std, const double* z, void* out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) static_cast<T*>(out)[i] = static_cast<T>(total[i] + std * z[i]);
@@ -144,13 +166,15 @@ std::vector<Carried> carry(const std::vector<Part>& parts, const std::vector<Blo
 }
 
 // How many rows to take at a time. All, if all stay in cache. Else few enough that they are still in cache when, their
-// norms known, they are added, and at least two, since each time the accumulators are read and written too. If not even
-// two stay in cache, all: the second reading is then from memory, but a block's accumulators stay in a cache.
+// norms known, they are added; but four at least, since each time the accumulators are read and written too, and in
+// few turns, since in each the threads wait for one another, and for whoever else wants their cores. If so many do not
+// stay in cache, all: the second reading is then from memory, but a block's accumulators stay in a cache.
 int64_t rows_together(const std::vector<Part>& parts, int64_t rows, int64_t cache) {
+  constexpr int64_t kLeast = 4, kTurns = 32;
   int64_t bytes = 1;
   for (const Part& part : parts) bytes += part.cols * size_of(part.dtype);
-  if (rows * bytes <= cache || 4 * bytes > cache) return rows;
-  return std::max<int64_t>(2, cache / 8 / bytes);
+  const int64_t together = std::max({cache / 8 / bytes, kLeast, (rows + kTurns - 1) / kTurns});
+  return rows * bytes <= cache || 2 * together * bytes > cache ? rows : together;
 }
 
 // A block's sums over all rows, whose factors these are.
@@ -163,12 +187,8 @@ void sum_block(const Part& part, const Block& block, const std::vector<double>& 
 
 }  // namespace
 
-float clip_coef(double norm_sq, double threshold) {
-  if (!std::isfinite(norm_sq)) return 0;
-  const double exact = std::min(threshold / std::sqrt(norm_sq), 1.0);
-  if (!(exact >= std::numeric_limits<float>::min())) return 0;  // NaN too: 0 / 0
-  const float y = static_cast<float>(exact);
-  return y > exact ? std::nextafter(y, 0.0f) : y;
+void clip_coef(const double* norm_sq, int64_t rows, double threshold, float* coef) {
+  pick(coef_portable, coef_avx2, coef_avx512)(norm_sq, rows, threshold, coef);
 }
 
 void clip_sum(const std::vector<Part>& parts, const std::vector<double>& coef, int threads) {
@@ -198,7 +218,8 @@ void clip_sum_noise(const std::vector<Part>& parts, int64_t rows, double thresho
       std::fill_n(carried[k].first, carried[k].half, 0.0);
       std::fill_n(carried[k].second, blocks[k].size - carried[k].half, 0.0);
     }
-    std::vector<double> coef(together);
+    std::vector<double> norms(together), coef(together);
+    std::vector<float> factors(together);
     double* sums = partial.data();
     for (int64_t start = 0; start < rows; start += together) {
       const int64_t n = std::min(together, rows - start);
@@ -210,9 +231,11 @@ void clip_sum_noise(const std::vector<Part>& parts, int64_t rows, double thresho
       barrier.wait(thread.count);
       for (int64_t row = 0; row < n; ++row) {
         const float whole = round_up(std::accumulate(sums + row * count, sums + (row + 1) * count, 0.0), terms);
-        coef[row] = clip_coef(whole, threshold);
+        norms[row] = whole;
         if (thread.index == 0) norm_sq[start + row] = whole;
       }
+      clip_coef(norms.data(), n, threshold, factors.data());
+      std::copy_n(factors.begin(), n, coef.begin());
       if (!several) break;
       for (int64_t k = last - 1; k >= first; --k) {  // backwards: the rows' last blocks were read last
         const auto [front, back, half] = carried[k];

@@ -15,9 +15,9 @@ struct Part : Tensor {
   uint64_t offset;
 };
 
-// min(1, threshold / sqrt(norm_sq)) as a float not above it; 0 where norm_sq is not finite or the factor below the
-// smallest normal float.
-float clip_coef(double norm_sq, double threshold);
+// coef[b] = min(1, threshold / sqrt(norm_sq[b])) as a float not above it; 0 where norm_sq is not finite or the factor
+// below the smallest normal float.
+void clip_coef(const double* norm_sq, int64_t rows, double threshold, float* coef);
 
 // out[c] = sum over b of coef[b] data[b, c]; rows whose coef is not above 0 are not read.
 void clip_sum(const std::vector<Part>& parts, const std::vector<double>& coef, int threads);

@@ -56,9 +56,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "clip_coef",
       [](uintptr_t norm_sq, DType dtype, double threshold, int64_t rows, uintptr_t out) {
-        float* coef = reinterpret_cast<float*>(out);
-        for (double value : adamix::widened(reinterpret_cast<const void*>(norm_sq), dtype, rows))
-          *coef++ = adamix::clip_coef(value, threshold);
+        py::gil_scoped_release release;
+        const auto values = adamix::widened(reinterpret_cast<const void*>(norm_sq), dtype, rows);
+        adamix::clip_coef(values.data(), rows, threshold, reinterpret_cast<float*>(out));
       },
       py::arg("norm_sq"), py::arg("dtype"), py::arg("threshold"), py::arg("rows"), py::arg("out"));
   m.def(

@@ -21,6 +21,11 @@ constexpr int kLanes = 32;  // independent accumulators: enough to hide the late
 template <class T>
 ADAMIX_INLINE double sum_sq(const void* data, int64_t n) {
   const T* x = static_cast<const T*>(data);
+  if (n < kLanes) {
+    double sum = 0;
+    for (int64_t i = 0; i < n; ++i) sum += widen(x[i]) * widen(x[i]);
+    return sum;
+  }
   double lanes[kLanes] = {};
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes)

@@ -267,7 +267,9 @@ cudaError_t make_plan(int device, int64_t blocks, int64_t rows, Plan& plan) {
   plan.rows = static_cast<int32_t>(group);
   plan.shared = static_cast<int64_t>(sizeof(Board<T>)) + (group * row > moved ? group * row : moved);
   plan.scratch = int64_t{kRing} * (kRows * plan.grid + 1);
-  return cudaSuccess;
+  // Always all there is: the limit belongs to the function, and another thread may be launching a larger plan.
+  return cudaFuncSetAttribute(clip_sum_noise<T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              found.shared - static_cast<int>(attributes.sharedSizeBytes));
 }
 
 }  // namespace
@@ -293,9 +295,6 @@ ADAMIX_API adamix_clip_sum_resident(int device, cudaStream_t stream, int32_t dty
   if (const cudaError_t error = cudaMemsetAsync(published, 0, kRing * sizeof *published, stream)) return error;
   return dispatch(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const cudaError_t error = cudaFuncSetAttribute(clip_sum_noise<T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   static_cast<int>(plan->shared));
-    if (error != cudaSuccess) return error;
     return launch(clip_sum_noise<T>, plan->grid, plan->threads, plan->shared, stream, true, *list, *plan, *threshold,
                   *noise, terms, scratch, published, norm_sq, static_cast<Result<T>*>(out));
   });

@@ -47,6 +47,28 @@ def rounding(sums: Tensor) -> float:
     return math.sqrt(sums.numel()) * 2.0 ** (-1074 if sums.dtype == torch.float64 else -149)
 
 
+def unlucky_rows() -> list[Tensor]:
+    """Numbers whose squares, added four at a time in float32, are rounded down most: by up to 3 2^-24 of their sum.
+
+    The first four are the worst found for a chain of fused operations, the others for plain ones. The four stand side
+    by side, or as far apart as kernels take them from a row.
+    """
+    fours = [
+        ["0x1.8e4aeep+0", "0x1.454686p+0", "0x1.04d51ap-1", "0x1.0ec504p-1"],
+        ["0x1.72989cp+0", "0x1.76d4a2p+0", "0x1.55dfb0p-1", "0x1.2e2b08p-1"],
+    ]
+    rows = []
+    for four, stride, count in itertools.product(fours, (1, 32, 256), (1, 3, 40)):
+        x = torch.tensor([float.fromhex(number) for number in four], dtype=torch.float64)
+        rows.append(x.repeat_interleave(stride).repeat(count).float()[None])
+    return rows
+
+
+def never_below(norm_sq: Tensor, row: Tensor) -> bool:
+    exact = sum((Fraction(x) ** 2 for x in row.flatten().tolist()), Fraction(0))
+    return Fraction(float(norm_sq)) >= exact
+
+
 @contextmanager
 def flushed_denormals() -> Iterator[None]:
     if not torch.set_flush_denormal(True):
@@ -187,6 +209,24 @@ def test_tiny_rows_where_denormals_are_flushed(name: str, dtype: torch.dtype) ->
         with flushed_denormals():
             result = CLIPPED[name](x, c)
         assert norm(result) <= c * SLACK, f"{value} adds {norm(result) / c:.3g} of the threshold {c}"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_norms_of_unlucky_rows_are_not_below_the_exact_ones(backend: str) -> None:
+    for row in unlucky_rows():
+        with use_backend(backend):
+            assert never_below(grad_norm_sq(row)[0], row)
+    lost = sum((x * x).reshape(-1, 4).sum(1).double().sum() < x.double().square().sum() for x in unlucky_rows())
+    assert lost > 0, "an ordinary float32 sum is: the rows are unlucky"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_factors_that_are_not_above_zero_leave_rows_out(backend: str) -> None:
+    rows = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
+    rows[0], rows[1, 3], rows[3] = torch.nan, torch.inf, torch.nan
+    coef = torch.tensor([0.0, -1.0, 0.5, torch.nan, -0.0, 1.0])
+    with use_backend(backend):
+        torch.testing.assert_close(clip_sum(rows, coef), 0.5 * rows[2] + rows[5])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

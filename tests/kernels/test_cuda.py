@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from adamix_kernels import (
     clip_sum_noise,
     cuda,
     cuda_library,
+    device_lists,
     grad_norm_sq,
     norm_quantile,
     use_backend,
@@ -278,13 +280,53 @@ def test_noise_is_refused_where_it_would_be_lost() -> None:
 
 
 def test_noise_is_not_captured_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(cuda_library, "capturing", lambda device: device.type == "cuda")
     call, noise = cuda_library.Call.__new__(cuda_library.Call), Noise(seed=0)
     call.op, call.device = "clip_sum_noise", torch.device("cuda", 0)
     with pytest.raises(RuntimeError, match="clip_sum_noise: noise cannot be captured in a CUDA graph"):
         call.noise(noise, 1.0, cuda_library.Number())
     assert noise._draws == 0
     assert call.noise(noise, 0.0, cuda_library.Number()).mode == 0
+
+
+@pytest.mark.parametrize("at", [0, -1])
+def test_std_may_be_an_element_of_what_is_noised(at: int) -> None:
+    x, expected = torch.zeros(5000, dtype=torch.float64), torch.zeros(5000, dtype=torch.float64)
+    x[at] = expected[at] = 0.5
+    with device():
+        add_gaussian_noise_(x, x[at], Noise(seed=0))
+    torch.testing.assert_close(x, add_gaussian_noise_(expected, 0.5, Noise(seed=0)), rtol=1e-12, atol=1e-12)
+
+
+def test_a_threshold_that_is_a_negating_view() -> None:
+    threshold = torch.tensor(-1j, dtype=torch.complex128).conj().imag
+    assert threshold.is_neg() and float(threshold) == 1
+    with device():
+        assert clip_coef(torch.tensor([4.0]), threshold).tolist() == [0.5]
+
+
+def test_tables_in_a_captured_graph_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[Any] = []
+    monkeypatch.setattr(device_lists, "_captured", kept)
+    x = torch.ones(2, 5)
+    device_lists.groups([x], 1024)
+    assert not kept
+    monkeypatch.setattr(device_lists, "capturing", lambda device: True)
+    found = device_lists.groups([x], 1024)
+    assert len(kept) == 1 and kept[0] is found
+
+
+def test_a_library_that_cannot_run_warns_once_and_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with a driver older than the library: it opens, and every call fails."""
+    library = SimpleNamespace(adamix_clip_sum_plan=lambda *_: 35, adamix_error=lambda _: b"driver too old")
+    monkeypatch.setattr(cuda_library, "load", lambda: library)
+    monkeypatch.setattr(cuda_library.ctypes, "CDLL", SimpleNamespace)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    cuda_library._fails_on.cache_clear()
+    with pytest.warns(RuntimeWarning, match="fail on device 0: driver too old") as warned:
+        assert cuda_library.unavailable() == cuda_library.unavailable() != None  # noqa: E711
+    assert len(warned) == 1
+    cuda_library._fails_on.cache_clear()
 
 
 # --- The rest ---------------------------------------------------------------------------------------------------------
@@ -349,6 +391,7 @@ def test_a_torch_without_cuda_says_so() -> None:
 def test_only_tensors_of_the_device_are_taken() -> None:
     with device(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda_library, "DEVICE", "cuda")
+        patch.setattr(torch.cuda, "current_device", lambda: 0)
         for call in (lambda: grad_norm_sq(torch.ones(1, 1)), lambda: clip_coef(torch.ones(1), torch.tensor(1.0))):
             with pytest.raises(BackendError, match="a tensor is on cpu; this backend takes CUDA tensors"):
                 call()

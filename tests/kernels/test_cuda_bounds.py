@@ -12,7 +12,7 @@ import torch
 from emulated_cuda import device
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_bounds import SLACK, dtypes, gradients, norm, reaches, rounding, thresholds
+from test_bounds import SLACK, dtypes, gradients, never_below, norm, reaches, rounding, thresholds, unlucky_rows
 from torch import Tensor
 
 from adamix_kernels import Noise, clip_coef, clip_sum, clip_sum_noise, cuda, grad_norm_sq
@@ -31,6 +31,13 @@ def clipped(parts: Any, threshold: float, resident: bool) -> Any:
 
 def exact_norm_sq(row: Tensor) -> Fraction:
     return sum((Fraction(x) ** 2 for x in row.double().flatten().tolist()), Fraction(0))
+
+
+@both_versions
+def test_norms_of_unlucky_rows_are_not_below_the_exact_ones(resident: bool) -> None:
+    for row in (row for row in unlucky_rows() if row.shape[1] <= 1024 or not resident):  # what fits the small device
+        rows = torch.cat([row, torch.zeros(9, row.shape[1])])
+        assert never_below(clipped(rows, 1.0, resident).norm_sq[0], row)
 
 
 @both_versions

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from adamix_kernels import BackendError, Noise, add_gaussian_noise_, clip_sum, grad_norm_sq, native, use_backend
+from adamix_kernels import (
+    BackendError,
+    Noise,
+    add_gaussian_noise_,
+    clip_coef,
+    clip_sum,
+    clip_sum_noise,
+    grad_norm_sq,
+    native,
+    use_backend,
+)
 
 
 @pytest.fixture
@@ -76,10 +88,38 @@ def test_noise_is_that_of_the_reference(module: ModuleType, mode: str, first: in
 
 @pytest.mark.parametrize("mode", ["fast", "secure"])
 def test_noise_of_late_draws_and_large_offsets(module: ModuleType, mode: str) -> None:
-    for draw, offset in [(2**32 + 7, 0), (3, 2**35 + 11), (2**40, 2**40 + 1)]:
-        noise, out = Noise._with_key(bytes(range(32)), mode), torch.zeros(300, dtype=torch.float64)
-        module.add_gaussian_noise(out.data_ptr(), module.DType.float64, 300, 1.0, noise._key, draw, offset, 1)
-        assert float((out - noise.normal(draw, offset, 300)).abs().max()) < 1e-13
+    for isa, (draw, offset) in itertools.product(
+        module.Isa.__members__.values(), [(2**32 + 7, 0), (3, 2**35 + 11), (2**40, 2**40 + 1), (0, 2**33 - 150)]
+    ):
+        if int(isa) <= int(module.best_isa()):
+            module.use_isa(isa)
+            noise, out = Noise._with_key(bytes(range(32)), mode), torch.zeros(300, dtype=torch.float64)
+            module.add_gaussian_noise(out.data_ptr(), module.DType.float64, 300, 1.0, noise._key, draw, offset, 1)
+            assert float((out - noise.normal(draw, offset, 300)).abs().max()) < 1e-13
+
+
+def test_noise_after_a_part_of_many_elements(module: ModuleType) -> None:
+    """Offsets beyond what a float32 holds, in both ops that make noise."""
+    first, noise = 2**24 + 3, Noise(seed=1)
+    expected = noise.normal(0, first, 9)
+    with use_backend("cpp"):
+        added = add_gaussian_noise_([torch.zeros(first), torch.zeros(9, dtype=torch.float64)], 1.0, Noise(seed=1))
+        parts = [torch.zeros(1, first), torch.zeros(1, 9, dtype=torch.float64)]
+        summed = clip_sum_noise(parts, 1.0, 1.0, Noise(seed=1)).sum
+    torch.testing.assert_close(added[1], expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(summed[1], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_more_elements_than_32_bits_count(module: ModuleType) -> None:
+    """Memory that is mapped but never written costs none."""
+    rows, cols = 2000, 2_200_000
+    x = torch.from_numpy(np.zeros((rows, cols), dtype=np.int16)).view(torch.bfloat16)
+    x[-1, 5], x[0, 7] = 3.0, 2.0
+    coef = torch.zeros(rows)
+    coef[0], coef[-1] = 0.5, 1.0
+    with use_backend("cpp"):
+        total = clip_sum(x, coef)
+    assert total.nonzero().flatten().tolist() == [5, 7] and total[5] == 3 and total[7] == 1
 
 
 def test_writes_stay_inside_and_are_seen_by_autograd(module: ModuleType) -> None:
@@ -114,6 +154,19 @@ def test_an_instruction_set_the_processor_lacks_is_refused(module: ModuleType) -
 
 class Subclass(torch.Tensor):
     pass
+
+
+def test_every_tensor_of_a_call_is_looked_at(module: ModuleType) -> None:
+    rows, strange = torch.ones(3, 4), torch.ones(3).as_subclass(Subclass)
+    for call in (
+        lambda: clip_sum(rows, strange),
+        lambda: clip_coef(strange, 1.0),
+        lambda: clip_coef(torch.ones(3), strange[0]),
+        lambda: clip_sum_noise(rows, strange[0]),
+        lambda: add_gaussian_noise_(rows, strange[0], Noise(seed=0)),
+    ):
+        with use_backend("cpp"), pytest.raises(BackendError, match="is a Subclass"):
+            call()
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,8 @@ from adamix_kernels import (
 
 pytestmark = pytest.mark.skipif(isinstance(native.load(), str), reason="the compiled CPU kernels were not built")
 COLUMNS = 3 * 5 + 20_001 + 1 + 5_000 + 33
-#: Caches that keep all rows of `samples` between norm and sum (as float32), five, two, or none: then all are taken.
-EVERYTHING, FIVE_ROWS, TWO_ROWS, NOTHING = 1 << 40, 8 * 5 * 4 * (COLUMNS + 1), 4 * 4 * (COLUMNS + 1), 0
+#: Caches in which all rows of `samples` (as float32) are taken together, five, four, or all since not even four fit.
+EVERYTHING, FIVE_ROWS, FOUR_ROWS, NOTHING = 1 << 40, 8 * 5 * 4 * (COLUMNS + 1), 2 * 4 * 4 * (COLUMNS + 1), 0
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_same_bits_for_every_cache_thread_count_and_instruction_set(
             if int(isa) > int(module.best_isa()):
                 continue
             module.use_isa(isa)
-            for cache in (EVERYTHING, FIVE_ROWS, TWO_ROWS, NOTHING):
+            for cache in (EVERYTHING, FIVE_ROWS, FOUR_ROWS, NOTHING):
                 for count in (1, 2, 3):
                     torch.set_num_threads(count)
                     assert same(fused(parts, cache, 1.3, mode), expected)
@@ -82,7 +82,7 @@ def test_same_bits_for_every_cache_thread_count_and_instruction_set(
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("cache", [EVERYTHING, FIVE_ROWS, TWO_ROWS, NOTHING])
+@pytest.mark.parametrize("cache", [EVERYTHING, FIVE_ROWS, FOUR_ROWS, NOTHING])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_it_is_the_ops_one_after_the_other(cache: int, dtype: torch.dtype) -> None:
     parts = samples(dtype)
@@ -92,13 +92,32 @@ def test_it_is_the_ops_one_after_the_other(cache: int, dtype: torch.dtype) -> No
     assert same(fused(parts, cache), ClippedSum(sums, norm_sq))
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_many_tiny_parts_are_all_shared_out(threads: int) -> None:
+    generator = torch.Generator().manual_seed(2)
+    parts = [torch.randn(3000, *[1] * (i % 3), generator=generator) for i in range(23)]
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        result = fused(parts, EVERYTHING)
+    finally:
+        torch.set_num_threads(before)
+    with use_backend("torch"):
+        expected = clip_sum_noise(parts, 0.7)
+    torch.testing.assert_close(result.sum, expected.sum, rtol=1e-5, atol=1e-6)
+
+
+def test_the_cache_is_of_a_sane_size() -> None:
+    assert 1 << 18 <= native.cache_bytes() <= 1 << 32
+
+
 def test_wide_rows_cut_into_the_largest_blocks() -> None:
     rows = torch.randn(9, 600_001, generator=torch.Generator().manual_seed(1))
-    two = fused([rows], 4 * 4 * 600_002, 1.0)
-    assert same(two, fused([rows], EVERYTHING, 1.0))
+    four = fused([rows], 2 * 4 * 4 * 600_002, 1.0)
+    assert same(four, fused([rows], EVERYTHING, 1.0))
     with use_backend("torch"):
         expected = clip_sum_noise([rows], 0.7, 1.0, Noise._with_key(bytes(range(32)), "fast"))
-    torch.testing.assert_close(two.sum, expected.sum, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(four.sum, expected.sum, rtol=1e-6, atol=1e-6)
 
 
 def test_noise_is_that_of_a_draw_on_the_whole_list() -> None:
@@ -107,7 +126,7 @@ def test_noise_is_that_of_a_draw_on_the_whole_list() -> None:
         noise = add_gaussian_noise_(
             [torch.zeros_like(p[0]) for p in parts], 1.3 * 0.7, Noise._with_key(bytes(32), "fast")
         )
-    for cache in (EVERYTHING, TWO_ROWS):
+    for cache in (EVERYTHING, FOUR_ROWS):
         quiet, source = fused(parts, cache), Noise._with_key(bytes(32), "fast")
         with pytest.MonkeyPatch.context() as patch, use_backend("cpp"):
             patch.setattr(native, "cache_bytes", lambda cache=cache: cache)
@@ -120,14 +139,14 @@ def test_noise_is_that_of_a_draw_on_the_whole_list() -> None:
 
 def test_every_result_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     empty = torch.empty
-    expected = {cache: fused(samples(torch.float32), cache, 1.0) for cache in (EVERYTHING, TWO_ROWS)}
+    expected = {cache: fused(samples(torch.float32), cache, 1.0) for cache in (EVERYTHING, FOUR_ROWS)}
     monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(torch.nan))
     for cache, result in expected.items():
         assert same(fused(samples(torch.float32), cache, 1.0), result)
         assert not any(part.isnan().any() for part in result.sum)
 
 
-@pytest.mark.parametrize("cache", [EVERYTHING, FIVE_ROWS, TWO_ROWS, NOTHING])
+@pytest.mark.parametrize("cache", [EVERYTHING, FIVE_ROWS, FOUR_ROWS, NOTHING])
 @settings(max_examples=25, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
@@ -166,7 +185,7 @@ def peak():  # not getrusage's, which counts the process that started this one
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
 native.cache_bytes = lambda: cache
 clip_sum_noise(torch.ones(8, 100_000), 1.0, 1.0, Noise())  # threads, libraries
-rows = torch.ones(8, columns)
+rows = torch.ones(12, columns)
 before = peak()
 clip_sum_noise(rows, 1.0, 1.0, Noise())
 print((peak() - before) / (4 * columns))
@@ -174,7 +193,7 @@ print((peak() - before) / (4 * columns))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of resident memory as Linux reports it")
-@pytest.mark.parametrize(("cache", "most"), [(1 << 40, 1.1), (4 * 6_000_000 * 5, 2.1)])
+@pytest.mark.parametrize(("cache", "most"), [(1 << 40, 1.1), (4 * 6_000_000 * 8 + 8, 2.1)])
 def test_peak_memory_is_two_numbers_a_column_at_most(cache: int, most: float) -> None:
     done = subprocess.run([sys.executable, "-c", MEMORY, str(cache)], check=True, capture_output=True, text=True)
     assert 0.9 < float(done.stdout) < most

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from spec_checks import check_case
-from test_bounds import SLACK, gradients, norm, rounding
+from test_bounds import SLACK, gradients, never_below, norm, rounding, unlucky_rows
 from torch import Tensor
 
 import adamix_kernels as kernels
@@ -185,6 +185,12 @@ def test_norms_are_above_the_exact_ones(terms: int) -> None:
     for row, got in zip(x.tolist(), grad_norm_sq(x).tolist(), strict=True):
         exact = sum(int(v * 2**30) ** 2 for v in row)
         assert exact <= int(got * 2**60) <= exact * (1 + 1e-6)
+
+
+def test_norms_of_unlucky_rows_are_not_below_the_exact_ones() -> None:
+    for row in unlucky_rows():
+        with use_backend("triton"):
+            assert never_below(grad_norm_sq(row)[0], row)
 
 
 def test_factors_are_rounded_down() -> None:

@@ -19,6 +19,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <random>
 #include <string>
 #include <thread>
@@ -360,9 +361,16 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, F*) {
   *attributes = {0, emulator::device.threads};
   return cudaSuccess;
 }
+namespace emulator {
+// Dynamic shared memory that kernels asked for; 48 KiB are granted unasked.
+inline std::map<const void*, int> granted;
+inline int grant(const void* kernel) { return granted.count(kernel) ? granted[kernel] : 48 << 10; }
+}  // namespace emulator
 template <class F>
-cudaError_t cudaFuncSetAttribute(F*, cudaFuncAttribute, int bytes) {
-  return bytes <= emulator::device.shared ? cudaSuccess : cudaErrorInvalidValue;
+cudaError_t cudaFuncSetAttribute(F* kernel, cudaFuncAttribute, int bytes) {
+  if (bytes > emulator::device.shared) return cudaErrorInvalidValue;
+  emulator::granted[reinterpret_cast<const void*>(kernel)] = bytes;
+  return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* at, int value, size_t bytes, cudaStream_t) {
   std::memset(at, value, bytes);
@@ -375,6 +383,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   const unsigned blocks = config->gridDim.x;
   const bool cooperative = config->numAttrs && config->attrs[0].val.cooperative;
   if (!blocks || !config->blockDim.x || config->blockDim.x > 1024) return cudaErrorInvalidValue;
+  if (static_cast<int>(config->dynamicSmemBytes) > emulator::grant(reinterpret_cast<const void*>(kernel)))
+    return cudaErrorInvalidValue;
   if (cooperative && static_cast<int>(blocks) > emulator::device.multiprocessors)
     return cudaErrorCooperativeLaunchTooLarge;
   const std::function<void()> body = [=] { kernel(arguments...); };
