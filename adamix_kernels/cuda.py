@@ -108,7 +108,9 @@ def _sums(
     return flat
 
 
-@grad_norm_sq.register("cuda", unavailable=unavailable, refuses=lambda grad_sample: refused(*as_list(grad_sample)))
+@grad_norm_sq.register(
+    "cuda", device="cuda", unavailable=unavailable, refuses=lambda grad_sample: refused(*as_list(grad_sample))
+)
 def _grad_norm_sq(grad_sample: Tensor | Sequence[Tensor]) -> Tensor:
     parts = _rows(grad_sample)
     call = Call("grad_norm_sq", parts[0].device)
@@ -124,6 +126,7 @@ def _numbers(values: Tensor) -> Tensor:
 
 @clip_coef.register(
     "cuda",
+    device="cuda",
     unavailable=unavailable,
     refuses=lambda **given: refused(*given.values()),
 )
@@ -137,6 +140,7 @@ def _clip_coef(norm_sq: Tensor, max_grad_norm: float | Tensor) -> Tensor:
 
 @clip_sum.register(
     "cuda",
+    device="cuda",
     unavailable=unavailable,
     refuses=lambda grad_sample, coef: refused(*as_list(grad_sample), coef),
 )
@@ -158,6 +162,7 @@ def _plan(index: int, dtype: int, blocks: int, rows: int, library: CDLL) -> Plan
 
 @clip_sum_noise.register(
     "cuda",
+    device="cuda",
     unavailable=unavailable,
     refuses=lambda grad_sample, max_grad_norm, **_: refused(*as_list(grad_sample), max_grad_norm),
 )
@@ -190,6 +195,7 @@ def _clip_sum_noise(
 
 @add_gaussian_noise_.register(
     "cuda",
+    device="cuda",
     unavailable=unavailable,
     refuses=lambda tensor, std, noise: not_writable(tensor) or refused(*as_list(tensor), std) or overlap(tensor),
 )
@@ -210,7 +216,9 @@ def _add_gaussian_noise_(tensor: Any, std: float | Tensor, noise: Noise) -> Any:
     return tensor
 
 
-@norm_quantile.register("cuda", unavailable=unavailable, refuses=lambda **given: refused(*given.values()))
+@norm_quantile.register(
+    "cuda", device="cuda", unavailable=unavailable, refuses=lambda **given: refused(*given.values())
+)
 def _norm_quantile(norm_sq: Tensor, q: float) -> Tensor:
     call, values = Call("norm_quantile", norm_sq.device), _numbers(norm_sq)
     out = call.empty()

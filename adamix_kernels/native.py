@@ -63,7 +63,7 @@ def cache_bytes() -> int:
 
 
 @grad_norm_sq.register(
-    "cpp", unavailable=unavailable, refuses=lambda grad_sample: none_behind(as_list(grad_sample), "cpu")
+    "cpp", device="cpu", unavailable=unavailable, refuses=lambda grad_sample: none_behind(as_list(grad_sample), "cpu")
 )
 def _grad_norm_sq(grad_sample: Tensor | Sequence[Tensor]) -> Tensor:
     parts = [plain(part) for part in as_list(grad_sample)]
@@ -75,6 +75,7 @@ def _grad_norm_sq(grad_sample: Tensor | Sequence[Tensor]) -> Tensor:
 
 @clip_coef.register(
     "cpp",
+    device="cpu",
     unavailable=unavailable,
     refuses=lambda norm_sq, max_grad_norm: none_behind([norm_sq, max_grad_norm], "cpu"),
 )
@@ -85,7 +86,9 @@ def _clip_coef(norm_sq: Tensor, max_grad_norm: float | Tensor) -> Tensor:
     return out
 
 
-@norm_quantile.register("cpp", unavailable=unavailable, refuses=lambda norm_sq, q: none_behind([norm_sq], "cpu"))
+@norm_quantile.register(
+    "cpp", device="cpu", unavailable=unavailable, refuses=lambda norm_sq, q: none_behind([norm_sq], "cpu")
+)
 def _norm_quantile(norm_sq: Tensor, q: float) -> Tensor:
     squares = plain(norm_sq)
     count = len(squares)
@@ -107,6 +110,7 @@ def _parts(grad_sample: Tensor | Sequence[Tensor]) -> tuple[list[tuple[Any, ...]
 
 @clip_sum.register(
     "cpp",
+    device="cpu",
     unavailable=unavailable,
     refuses=lambda grad_sample, coef: none_behind([*as_list(grad_sample), coef], "cpu"),
 )
@@ -119,6 +123,7 @@ def _clip_sum(grad_sample: Tensor | Sequence[Tensor], coef: Tensor) -> Any:
 
 @clip_sum_noise.register(
     "cpp",
+    device="cpu",
     unavailable=unavailable,
     refuses=lambda grad_sample, max_grad_norm, **_: none_behind([*as_list(grad_sample), max_grad_norm], "cpu"),
 )
@@ -151,6 +156,7 @@ def _clip_sum_noise(
 
 @add_gaussian_noise_.register(
     "cpp",
+    device="cpu",
     unavailable=unavailable,
     refuses=lambda tensor, std, noise: not_writable(tensor) or none_behind([*as_list(tensor), std], "cpu"),
 )

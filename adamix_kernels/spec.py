@@ -74,6 +74,7 @@ class Backend:
     """An implementation of one op. The two callables return the reason against it, or None."""
 
     name: str
+    device: str
     run: Callable[..., Any]
     unavailable: Callable[[], str | None]
     refuses: Callable[..., str | None]
@@ -105,11 +106,10 @@ class Op(Generic[P, R]):
         bound = {**self._defaults, **dict(zip(self._names, args, strict=False)), **kwargs}
         if len(bound) != len(self._names) or len(args) + len(kwargs) > len(self._names):
             inspect.signature(self.reference).bind(*args, **kwargs)  # raises Python's own message
-        self.check(bound)
-        return self._run(bound)
+        return self._run(bound, self.check(bound))
 
-    def check(self, bound: Mapping[str, Any]) -> None:
-        """Raise TypeError or ValueError naming the argument, what was given and what was expected."""
+    def check(self, bound: Mapping[str, Any]) -> torch.device | None:
+        """The tensors' device. Raise TypeError or ValueError naming the argument, what was given and expected."""
         sizes: dict[str, tuple[Any, str]] = {}
         device: tuple[torch.device, str] | None = None
         for name, axes in self._axes.items():
@@ -129,25 +129,30 @@ class Op(Generic[P, R]):
                 self.validate(**bound)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{self.name}: {error}") from None
+        return device[0] if device is not None else None
 
     def register(
         self,
         name: str,
         *,
+        device: str,
         unavailable: Callable[[], str | None] = lambda: None,
         refuses: Callable[..., str | None] = lambda **_: None,
     ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-        """Attach an implementation: `unavailable()` asks about the machine, `refuses(**arguments)` about one call."""
+        """Attach an implementation for tensors on a type of device.
+
+        `unavailable()` asks about the machine, `refuses(**arguments)` about one call.
+        """
         if name not in AUTO_ORDER:
             raise ValueError(f"name: {name!r} is not a backend; expected one of {AUTO_ORDER}")
 
         def attach(run: Callable[P, R]) -> Callable[P, R]:
-            self.backends[name] = Backend(name, run, unavailable, refuses)
+            self.backends[name] = Backend(name, device, run, unavailable, refuses)
             return run
 
         return attach
 
-    def _run(self, bound: dict[str, Any]) -> R:
+    def _run(self, bound: dict[str, Any], device: torch.device | None) -> R:
         forced = _forced.get()
         if forced == "torch":
             return self._refer(bound)
@@ -157,9 +162,10 @@ class Op(Generic[P, R]):
                 raise BackendError(f"{self.name}: backend {forced!r} was asked for but {reason}")
             return self.backends[forced].run(**bound)
         for name in AUTO_ORDER:
-            # What is refused by its tensors alone must not wake a driver: the process may yet fork.
             entry = self.backends.get(name)
-            if entry is not None and entry.refuses(**bound) is None and entry.unavailable() is None:
+            if entry is None or device is None or entry.device != device.type:
+                continue  # without a word to a driver: a process that uses the CPU alone may yet fork
+            if entry.unavailable() is None and entry.refuses(**bound) is None:
                 return entry.run(**bound)
         return self._refer(bound)
 
@@ -226,11 +232,6 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _forced.reset(token)
-
-
-def asked_for() -> str:
-    """The backend that `use_backend` insists on here, or "auto"."""
-    return _forced.get()
 
 
 def backends() -> dict[str, dict[str, str]]:

@@ -21,7 +21,6 @@ from adamix_kernels.ops.clip import clip_coef, clip_sum, clip_sum_noise
 from adamix_kernels.ops.noise import add_gaussian_noise_
 from adamix_kernels.ops.norm import grad_norm_sq
 from adamix_kernels.ops.quantile import norm_quantile
-from adamix_kernels.spec import asked_for
 from adamix_kernels.triton.launch import interpreting
 
 
@@ -33,9 +32,7 @@ def unavailable() -> str | None:
 
 
 def _refused(*given: Any) -> str | None:
-    if interpreting():
-        if asked_for() != "triton":
-            return "Triton's interpreter is slow and rounds bfloat16 wrongly; it runs only where it is asked for"
+    if interpreting():  # only where it is asked for by name: it is slow, and rounds bfloat16 wrongly
         return none_behind(given, "cpu")
     reason = none_behind(given, "cuda")
     if reason is None and unavailable() is None:
@@ -62,7 +59,7 @@ def _attach(op: Any, module: str, refuses: Callable[..., str | None]) -> None:
     def kernel() -> Callable[..., Any]:
         return getattr(importlib.import_module(f"adamix_kernels.triton.{module}"), op.name)
 
-    @op.register("triton", unavailable=unavailable, refuses=refuses)
+    @op.register("triton", device="cuda", unavailable=unavailable, refuses=refuses)
     def run(**arguments: Any) -> Any:
         return kernel()(**arguments)
 

@@ -40,6 +40,16 @@ ADAMIX_INLINE void add(const void* const* rows, const double* coef, int64_t coun
   if (count >= 1) add_few<T, 1>(rows, coef, total, n);
 }
 
+// Rows too short to be worth gathering, `stride` elements apart.
+template <class T>
+ADAMIX_INLINE void add_narrow(const void* first, int64_t stride, const double* coef, int64_t count, double* total,
+                              int64_t n) {
+  const T* x = static_cast<const T*>(first);
+  for (int64_t row = 0; row < count; ++row, x += stride)
+    if (coef[row] > 0)
+      for (int64_t i = 0; i < n; ++i) total[i] += coef[row] * widen(x[i]);
+}
+
 template <class T>
 void add_portable(const void* const* rows, const double* coef, int64_t count, double* total, int64_t n) {
   add<T>(rows, coef, count, total, n);
@@ -51,6 +61,30 @@ ADAMIX_AVX2 void add_avx2(const void* const* rows, const double* coef, int64_t c
 template <class T>
 ADAMIX_AVX512 void add_avx512(const void* const* rows, const double* coef, int64_t count, double* total, int64_t n) {
   add<T>(rows, coef, count, total, n);
+}
+
+template <class T>
+void narrow_portable(const void* first, int64_t stride, const double* coef, int64_t count, double* total, int64_t n) {
+  add_narrow<T>(first, stride, coef, count, total, n);
+}
+template <class T>
+ADAMIX_AVX2 void narrow_avx2(const void* first, int64_t stride, const double* coef, int64_t count, double* total,
+                             int64_t n) {
+  add_narrow<T>(first, stride, coef, count, total, n);
+}
+template <class T>
+ADAMIX_AVX512 void narrow_avx512(const void* first, int64_t stride, const double* coef, int64_t count, double* total,
+                                 int64_t n) {
+  add_narrow<T>(first, stride, coef, count, total, n);
+}
+
+using Narrow = void (*)(const void*, int64_t, const double*, int64_t, double*, int64_t);
+
+Narrow narrow_of(DType dtype) {
+  return dispatch(dtype, [](auto* type) {
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
+    return pick(narrow_portable<T>, narrow_avx2<T>, narrow_avx512<T>);
+  });
 }
 
 using Add = void (*)(const void* const*, const double*, int64_t, double*, int64_t);
@@ -65,6 +99,7 @@ Add add_of(DType dtype) {
 // Rows `from` .. `from` + n, those with a positive factor, added to the accumulators of `size` columns.
 void add_rows(const Part& part, int64_t start, int64_t size, const std::vector<double>& coef, int64_t from, int64_t n,
               double* total) {
+  if (size < 32) return narrow_of(part.dtype)(part.at(from, start), part.cols, coef.data(), n, total, size);
   const Add kernel = add_of(part.dtype);
   const void* rows[4 * kRows];
   double factors[4 * kRows];
@@ -229,11 +264,11 @@ void clip_sum_noise(const std::vector<Part>& parts, int64_t rows, double thresho
           sums[row * count + k] = squares[blocks[k].part](part.at(start + row, blocks[k].start), blocks[k].size);
         }
       barrier.wait(thread.count);
-      for (int64_t row = 0; row < n; ++row) {
-        const float whole = round_up(std::accumulate(sums + row * count, sums + (row + 1) * count, 0.0), terms);
-        norms[row] = whole;
-        if (thread.index == 0) norm_sq[start + row] = whole;
-      }
+      for (int64_t row = 0; row < n; ++row)
+        norms[row] = std::accumulate(sums + row * count, sums + (row + 1) * count, 0.0);
+      round_up(norms, terms, factors.data());
+      if (thread.index == 0) std::copy_n(factors.begin(), n, norm_sq + start);
+      std::copy_n(factors.begin(), n, norms.begin());
       clip_coef(norms.data(), n, threshold, factors.data());
       std::copy_n(factors.begin(), n, coef.begin());
       if (!several) break;

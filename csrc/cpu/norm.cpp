@@ -6,8 +6,9 @@
 #include "norm.h"
 
 #include <algorithm>
-#include <cmath>
+#include <cstring>
 #include <limits>
+#include <numeric>
 #include <type_traits>
 
 #include "blocks.h"
@@ -64,14 +65,20 @@ SumSq sum_sq_of(DType dtype) {
   });
 }
 
-float round_up(double sum, int64_t terms) {
+void round_up(const std::vector<double>& sums, int64_t terms, float* out) {
   // Any order of n additions and multiplications in double errs by less than n 2^-52 of the sum, and by what
   // underflows. The smallest normal float is far above that: rows whose squares vanish must not pass for zero.
-  const double upper = sum * (1 + static_cast<double>(terms + 1) * std::numeric_limits<double>::epsilon());
-  constexpr float infinity = std::numeric_limits<float>::infinity();
-  if (!(upper <= std::numeric_limits<float>::max())) return infinity;  // NaN too
-  const float y = static_cast<float>(upper);
-  return std::max(y < upper ? std::nextafter(y, infinity) : y, std::numeric_limits<float>::min());
+  const double growth = 1 + static_cast<double>(terms + 1) * std::numeric_limits<double>::epsilon();
+  constexpr float least = std::numeric_limits<float>::min(), infinity = std::numeric_limits<float>::infinity();
+  for (size_t i = 0; i < sums.size(); ++i) {
+    const double upper = sums[i] * growth;
+    const float nearest = static_cast<float>(upper);
+    uint32_t bits;
+    std::memcpy(&bits, &nearest, sizeof bits);
+    const float y = as_float(bits + (nearest < upper));
+    const float bounded = y > least ? y : least;
+    out[i] = upper <= std::numeric_limits<float>::max() ? bounded : infinity;  // NaN too
+  }
 }
 
 void grad_norm_sq(const std::vector<Tensor>& tensors, int64_t rows, float* out, int threads) {
@@ -86,11 +93,10 @@ void grad_norm_sq(const std::vector<Tensor>& tensors, int64_t rows, float* out, 
     const Tensor& tensor = tensors[block.part];
     partial[task] = kernels[block.part](tensor.at(task / count, block.start), block.size);
   }
-  for (int64_t row = 0; row < rows; ++row) {
-    double sum = 0;
-    for (int64_t k = 0; k < count; ++k) sum += partial[row * count + k];
-    out[row] = round_up(sum, terms);
-  }
+  std::vector<double> sums(rows);
+  for (int64_t row = 0; row < rows; ++row)
+    sums[row] = std::accumulate(partial.data() + row * count, partial.data() + (row + 1) * count, 0.0);
+  round_up(sums, terms, out);
 }
 
 }  // namespace adamix

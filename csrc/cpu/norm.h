@@ -25,7 +25,7 @@ void grad_norm_sq(const std::vector<Tensor>& tensors, int64_t rows, float* out, 
 using SumSq = double (*)(const void* x, int64_t size);
 SumSq sum_sq_of(DType dtype);
 
-// The float at or above a sum of `terms` squares made by `SumSq` and added up in double.
-float round_up(double sum, int64_t terms);
+// The floats at or above sums of `terms` squares made by `SumSq` and added up in double.
+void round_up(const std::vector<double>& sums, int64_t terms, float* out);
 
 }  // namespace adamix

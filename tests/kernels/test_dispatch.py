@@ -150,7 +150,7 @@ def test_use_backend_ends_with_its_block(monkeypatch: pytest.MonkeyPatch) -> Non
     op = kernels.grad_norm_sq
     monkeypatch.setattr(op, "reference", lambda **_: seen.append("torch"))
     monkeypatch.setattr(op, "backends", {})
-    op.register("cpp")(lambda **_: seen.append("cpp"))  # type: ignore[arg-type]
+    op.register("cpp", device="cpu")(lambda **_: seen.append("cpp"))  # type: ignore[arg-type]
     with kernels.use_backend("torch"):
         op(torch.ones(1, 1))
         with kernels.use_backend("cpp"):
