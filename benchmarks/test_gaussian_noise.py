@@ -30,6 +30,7 @@ def test_noise(benchmark: Any, capsys: Any, device: str, count: int) -> None:
         assert abs(float(z.std()) / 2 - 1) < 6 / math.sqrt(2 * len(z))
     contenders: dict[str, Callable[[], Any]] = {
         "torch.randn": lambda: torch.randn(count, device=device),
+        "normal_, in place": target.normal_,
         **{name: lambda s=source: kernels.add_gaussian_noise_(target, 1.0, s) for name, source in sources.items()},
     }
     if device == "cuda":
