@@ -182,7 +182,7 @@ def _clip_sum_noise(
     drawn = call.noise(noise, noise_multiplier, limit)
     if resident and len(found) == 1:
         group, dtype = found[0], DTYPES[found[0].dtype]
-        plan = _plan(call.index, dtype, len(group.blocks), rows, call.library)
+        plan = _plan(call.index, dtype, len(group.blocks), rows, call.lib)
         if plan.grid:
             flat, scratch = _empty_sums(call, group), call.empty(plan.scratch, dtype=torch.float64)
             terms, at = _columns(parts), (scratch.data_ptr(), norm_sq.data_ptr(), flat.data_ptr())

@@ -133,24 +133,24 @@ class Call:
     def __init__(self, op: str, device: torch.device) -> None:
         library = load()
         assert isinstance(library, ctypes.CDLL)  # dispatch has asked `unavailable`
-        self.op, self.device, self.library = op, device, library
+        self.op, self.device, self.lib = op, device, library
         self.index, self.stream = device.index or 0, None
         if device.type == "cuda":
             self.stream = torch.cuda.current_stream(device).cuda_stream
 
     def __call__(self, launcher: str, *arguments: Any) -> None:
-        self.check(getattr(self.library, f"adamix_{launcher}")(self.index, self.stream, *arguments))
+        self.check(getattr(self.lib, f"adamix_{launcher}")(self.index, self.stream, *arguments))
 
     def check(self, error: int) -> None:
         if error:
-            raise RuntimeError(f"{self.op}: CUDA error: {self.library.adamix_error(error).decode()}")
+            raise RuntimeError(f"{self.op}: CUDA error: {self.lib.adamix_error(error).decode()}")
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
 
     def multiprocessors(self) -> int:
         count = c_int32()
-        self.check(self.library.adamix_multiprocessors(self.index, count))
+        self.check(self.lib.adamix_multiprocessors(self.index, count))
         return count.value
 
     def noise(self, noise: Noise | None, factor: float, unit: Number) -> Drawn:

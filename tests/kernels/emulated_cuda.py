@@ -51,7 +51,7 @@ class Device:
     """What an emulated device was asked for."""
 
     def __init__(self) -> None:
-        self.library = library()
+        self.lib = library()
         self.buffers: list[Tensor] = []
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -63,11 +63,11 @@ class Device:
 
     @property
     def launches(self) -> int:
-        return int(self.library.emulator_launches())
+        return int(self.lib.emulator_launches())
 
     @property
     def cooperative_launches(self) -> int:
-        return int(self.library.emulator_cooperative_launches())
+        return int(self.lib.emulator_cooperative_launches())
 
     @property
     def allocated(self) -> int:
@@ -77,7 +77,7 @@ class Device:
         group = cuda.groups(parts, cuda._BLOCK)[0]
         plan = cuda_library.Plan()
         dtype = cuda_library.DTYPES[group.dtype]
-        assert not self.library.adamix_clip_sum_plan(0, dtype, len(group.blocks), len(parts[0]), plan)
+        assert not self.lib.adamix_clip_sum_plan(0, dtype, len(group.blocks), len(parts[0]), plan)
         return plan
 
 
@@ -87,10 +87,10 @@ def device(
 ) -> Iterator[Device]:
     """Makes the backend "cuda" run on an emulated device; `seed` chooses the order in which threads run."""
     found = Device()
-    found.library.emulator_configure(multiprocessors, shared, threads, cooperative, seed)
+    found.lib.emulator_configure(multiprocessors, shared, threads, cooperative, seed)
     cuda._plan.cache_clear()
     with pytest.MonkeyPatch.context() as patch, use_backend("cuda"):
-        patch.setattr(cuda_library, "load", lambda: found.library)
+        patch.setattr(cuda_library, "load", lambda: found.lib)
         patch.setattr(cuda_library, "DEVICE", "cpu")
         patch.setattr(cuda_library.Call, "empty", found.empty)
         yield found

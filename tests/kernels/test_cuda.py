@@ -210,7 +210,7 @@ def test_rows_beyond_2_to_the_31_elements() -> None:
         torch.testing.assert_close(norm_sq, expected.norm_sq, rtol=1e-6, atol=0)
         torch.testing.assert_close(out[: cols - start], (expected.sum + z).float(), rtol=1e-6, atol=1e-6)
         plan = cuda_library.Plan()
-        assert not emulated.library.adamix_clip_sum_plan(0, 1, 2, 2, plan) and plan.grid
+        assert not emulated.lib.adamix_clip_sum_plan(0, 1, 2, 2, plan) and plan.grid
         again, norms = emulated.empty(2024), emulated.empty(2)
         scratch = emulated.empty(plan.scratch, dtype=torch.float64)
         pointers = (scratch.data_ptr(), norms.data_ptr(), again.data_ptr())
@@ -376,7 +376,7 @@ def test_errors_name_the_op() -> None:
     rows = values(9, 700)
     with device() as emulated:
         clip_sum_noise(rows, 1.0)
-        emulated.library.emulator_configure(1, 24 << 10, 64, True, 0)  # but the plan is kept
+        emulated.lib.emulator_configure(1, 24 << 10, 64, True, 0)  # but the plan is kept
         with pytest.raises(RuntimeError, match="clip_sum_noise: CUDA error: the emulator refuses the call"):
             clip_sum_noise(rows, 1.0)
 

@@ -47,7 +47,7 @@ def is_resident(parts: list[Tensor]) -> bool:
     group = cuda.groups(parts, cuda._BLOCK)[0]
     call = cuda_library.Call("test", parts[0].device)
     dtype, blocks = cuda_library.DTYPES[group.dtype], len(group.blocks)
-    return cuda._plan(call.index, dtype, blocks, len(parts[0]), call.library)[1].grid > 0
+    return cuda._plan(call.index, dtype, blocks, len(parts[0]), call.lib)[1].grid > 0
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
