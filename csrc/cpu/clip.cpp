@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <numeric>
 #include <type_traits>
 
@@ -180,7 +181,7 @@ struct Carried {
 };
 
 std::vector<Carried> carry(const std::vector<Part>& parts, const std::vector<Block>& blocks,
-                           std::vector<double>& scratch) {
+                           std::unique_ptr<double[]>& scratch) {
   std::vector<Carried> carried;
   int64_t used = 0;
   for (const Block& block : blocks) {
@@ -191,8 +192,8 @@ std::vector<Carried> carry(const std::vector<Part>& parts, const std::vector<Blo
     carried.push_back({reinterpret_cast<double*>(out), nullptr, half});
     used += block.size - half;
   }
-  scratch.resize(used);
-  double* next = scratch.data();
+  scratch.reset(new double[used]);  // each thread clears what it will use
+  double* next = scratch.get();
   for (size_t k = 0; k < blocks.size(); ++k) {
     carried[k].second = next;
     next += blocks[k].size - carried[k].half;
@@ -241,7 +242,8 @@ void clip_sum_noise(const std::vector<Part>& parts, int64_t rows, double thresho
   std::vector<SumSq> squares;
   for (const Part& part : parts) squares.push_back(sum_sq_of(part.dtype));
   // Twice, in turn: a thread may be ahead of the others by one group.
-  std::vector<double> partial((several ? 2 : 1) * together * count), scratch;
+  std::vector<double> partial((several ? 2 : 1) * together * count);
+  std::unique_ptr<double[]> scratch;
   const std::vector<Carried> carried = several ? carry(parts, blocks, scratch) : std::vector<Carried>();
   Barrier barrier;
 #pragma omp parallel num_threads(threads) if (std::max<int64_t>(rows, 1) * terms > kSerial)
