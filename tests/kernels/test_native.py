@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from types import ModuleType
@@ -96,6 +97,32 @@ def test_noise_of_late_draws_and_large_offsets(module: ModuleType, mode: str) ->
             noise, out = Noise._with_key(bytes(range(32)), mode), torch.zeros(300, dtype=torch.float64)
             module.add_gaussian_noise(out.data_ptr(), module.DType.float64, 300, 1.0, noise._key, draw, offset, 1)
             assert float((out - noise.normal(draw, offset, 300)).abs().max()) < 1e-13
+
+
+@pytest.mark.parametrize("mode", ["fast", "secure"])
+def test_tails_and_correlations_of_many_normals(module: ModuleType, mode: str) -> None:
+    """2e8 of them: beyond 5 standard deviations as often as they should be, and beyond what 24-bit uniforms reach."""
+    source, chunk, times = Noise._with_key(bytes(range(7, 39)), mode), 20_000_000, 10
+    levels = (3.0, 4.0, 5.0)
+    counts, largest, total, squares, fourth = [0, 0, 0], 0.0, 0.0, 0.0, 0.0
+    with use_backend("cpp"):
+        for _ in range(times):
+            left, right = add_gaussian_noise_([torch.zeros(chunk // 2), torch.zeros(chunk // 2)], 1.0, source)
+            across = float(left.dot(right)) / (chunk // 2)
+            assert abs(across) < 5 / math.sqrt(chunk // 2), "tensors of one list are not correlated"
+            z = torch.cat([left, right]).abs_()
+            counts = [count + int((z > level).sum()) for count, level in zip(counts, levels, strict=True)]
+            largest, total = max(largest, float(z.max())), total + float(left.double().sum() + right.double().sum())
+            power = z.double().square_()
+            squares, fourth = squares + float(power.sum()), fourth + float(power.square_().sum())
+    n = chunk * times
+    for count, level in zip(counts, levels, strict=True):
+        expected = n * math.erfc(level / math.sqrt(2))
+        assert abs(count - expected) < 5 * math.sqrt(expected), f"beyond {level} standard deviations"
+    assert largest > 5.5
+    assert abs(total / n) < 5 / math.sqrt(n)
+    assert abs(squares / n - 1) < 5 * math.sqrt(2 / n)
+    assert abs(fourth / n - 3) < 5 * math.sqrt(96 / n)
 
 
 def test_noise_after_a_part_of_many_elements(module: ModuleType) -> None:
