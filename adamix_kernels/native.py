@@ -161,7 +161,7 @@ def _clip_sum_noise(
     refuses=lambda tensor, std, noise: not_writable(tensor) or none_behind([*as_list(tensor), std], "cpu"),
 )
 def _add_gaussian_noise_(tensor: Any, std: float | Tensor, noise: Noise) -> Any:
-    draw, offset = noise.next_draw(), 0
+    scale, draw, offset = float(std), noise.next_draw(), 0  # first: the std may be an element of what is written
     for part in as_list(tensor):
         with torch.no_grad():
             flat = plain(part if part.dtype == torch.float64 else part.float())
@@ -169,7 +169,7 @@ def _add_gaussian_noise_(tensor: Any, std: float | Tensor, noise: Noise) -> Any:
                 flat.data_ptr(),
                 _dtype(flat.dtype),
                 flat.numel(),
-                float(std),
+                scale,
                 noise._key,
                 draw,
                 offset,

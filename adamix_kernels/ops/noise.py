@@ -173,12 +173,13 @@ def add_gaussian_noise_(tensor: Any, std: float | Tensor, noise: Noise) -> Any:
         `tensor`.
     """
     draw, offset = noise.next_draw(), 0
+    scale = std.detach().clone() if isinstance(std, Tensor) else std  # it may be an element of what is written
     for part in as_list(tensor):
         flat = part.reshape(-1)  # a view or, of a strided tensor, a copy
         for start in range(0, flat.numel(), _CHUNK):
             block = flat[start : start + _CHUNK]
             z = noise.normal(draw, offset + start, block.numel(), part.device)
-            block.copy_(block.double() + z * std)
+            block.copy_(block.double() + z * scale)
         if flat.data_ptr() != part.data_ptr() or not part.is_contiguous():
             part.copy_(flat.view_as(part))
         offset += part.numel()

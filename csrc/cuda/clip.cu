@@ -22,21 +22,6 @@ struct Factors {
   }
 };
 
-template <class T>
-__device__ void add(uint4 v, double factor, double (&sum)[kVec<T>]) {
-  if constexpr (std::is_same_v<T, double>) {
-    double x[2];
-    unpack(v, x);
-    sum[0] = fma(factor, x[0], sum[0]);
-    sum[1] = fma(factor, x[1], sum[1]);
-  } else {
-    float x[kVec<T>];
-    unpack<T>(v, x);
-#pragma unroll
-    for (int i = 0; i < kVec<T>; ++i) sum[i] = fma(factor, static_cast<double>(x[i]), sum[i]);
-  }
-}
-
 // Adds the usable of the rows start .. stop. A row whose factor is not above 0 is not read.
 template <bool kAligned, class T>
 __device__ void add_rows(const Chunk<T>& chunk, const Factors& factors, int64_t start, int64_t stop,
@@ -61,7 +46,8 @@ __device__ void add_rows(const Chunk<T>& chunk, const Factors& factors, int64_t 
         values[i] = kAligned ? load_vector(from, count, lane) : gather(from, count, lane);
       }
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) add<T>(values[i], factor[i], sum);
+      for (int i = 0; i < kAtOnce; ++i)
+        add_scaled<T>(values[i], factor[i], [](float x) { return static_cast<double>(x); }, sum);
     }
   }
 }

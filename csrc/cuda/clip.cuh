@@ -1,9 +1,25 @@
-// How a warp finishes its columns of a clipped sum.
+// What the kernels of a clipped sum share: how a warp adds to its columns, and finishes them.
 #pragma once
 
 #include "noise.cuh"
 
 namespace adamix {
+
+// Adds `factor` times 16 bytes of elements to float64 sums; `widen` makes a double of a float.
+template <class T, class Widen>
+__device__ void add_scaled(uint4 v, double factor, Widen widen, double* sum) {
+  if constexpr (std::is_same_v<T, double>) {
+    double x[2];
+    unpack(v, x);
+    sum[0] = fma(factor, x[0], sum[0]);
+    sum[1] = fma(factor, x[1], sum[1]);
+  } else {
+    float x[kVec<T>];
+    unpack<T>(v, x);
+#pragma unroll
+    for (int i = 0; i < kVec<T>; ++i) sum[i] = fma(factor, widen(x[i]), sum[i]);
+  }
+}
 
 // Adds noise, if any, to a chunk's float64 sums and writes them, rounded once. `z` [Chunk::kColumns]: this warp's.
 template <class T>

@@ -53,21 +53,6 @@ __device__ inline double shrunk(float x) {
 template <class T>
 constexpr double kGrow = std::is_same_v<T, double> ? 1.0 : 0x1p896;
 
-template <class T>
-__device__ void add_shrunk(uint4 v, double factor, double* sum) {
-  if constexpr (std::is_same_v<T, double>) {
-    double x[2];
-    unpack(v, x);
-    sum[0] = fma(factor, x[0], sum[0]);
-    sum[1] = fma(factor, x[1], sum[1]);
-  } else {
-    float x[kVec<T>];
-    unpack<T>(v, x);
-#pragma unroll
-    for (int i = 0; i < kVec<T>; ++i) sum[i] = fma(factor, shrunk(x[i]), sum[i]);
-  }
-}
-
 // A lane's 16 bytes of a row on their way to `to`, zeros beyond the chunk's end.
 template <class T>
 __device__ void copy_async(const Chunk<T>& chunk, int64_t row, int lane, uint4* to) {
@@ -189,7 +174,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
       if (!(factor > 0)) continue;
 #pragma unroll
       for (int slot = 0; slot < kSlots<T>; ++slot)
-        if (slot < slots) add_shrunk<T>(at[slot * threads], factor, sums[slot]);
+        if (slot < slots) add_scaled<T>(at[slot * threads], factor, shrunk, sums[slot]);
     }
   };
 

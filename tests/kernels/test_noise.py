@@ -191,6 +191,18 @@ def test_a_list_is_one_vector() -> None:
     assert torch.equal(torch.cat([p.flatten() for p in parts]), whole)
 
 
+@pytest.mark.parametrize("backend", [b for b in ("torch", "cpp") if add_gaussian_noise_.why_not(b) is None])
+def test_std_may_be_an_element_of_what_is_noised(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(noise_module, "_CHUNK", 16)
+    parts = [torch.zeros(50, dtype=torch.float64), torch.zeros(30, dtype=torch.float64)]
+    parts[0][0] = 0.5
+    with use_backend(backend):
+        add_gaussian_noise_(parts, parts[0][0], Noise(seed=8))
+    expected = 0.5 * Noise(seed=8).normal(0, 0, 80)
+    expected[0] += 0.5
+    torch.testing.assert_close(torch.cat(parts), expected, rtol=1e-12, atol=1e-12)
+
+
 def test_seeds_repeat_and_differ() -> None:
     assert torch.equal(Noise(seed=1).normal(0, 0, 5), Noise(seed=1).normal(0, 0, 5))
     assert not torch.equal(Noise(seed=1).normal(0, 0, 5), Noise(seed=2).normal(0, 0, 5))
