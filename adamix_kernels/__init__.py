@@ -7,6 +7,7 @@ from adamix_kernels.ops.clip import ClippedSum, clip_coef, clip_sum, clip_sum_no
 from adamix_kernels.ops.conv import ConvSum, conv_clip_sum, conv_norm_sq
 from adamix_kernels.ops.embedding import embedding_clip_sum, embedding_norm_sq
 from adamix_kernels.ops.head import HeadSum, softmax_head_clip_sum_noise
+from adamix_kernels.ops.head_variants import MixedHeadSum, softmax_head_coordinates, softmax_head_mixed_sum
 from adamix_kernels.ops.linear import LinearSum, linear_clip_sum, linear_norm_sq
 from adamix_kernels.ops.noise import Noise, add_gaussian_noise_
 from adamix_kernels.ops.norm import grad_norm_sq
@@ -21,6 +22,7 @@ __all__ = [
     "ConvSum",
     "HeadSum",
     "LinearSum",
+    "MixedHeadSum",
     "Noise",
     "ScaleShiftSum",
     "add_gaussian_noise_",
@@ -41,6 +43,8 @@ __all__ = [
     "scale_shift_clip_sum",
     "scale_shift_norm_sq",
     "softmax_head_clip_sum_noise",
+    "softmax_head_coordinates",
+    "softmax_head_mixed_sum",
     "subspace_basis",
     "use_backend",
 ]

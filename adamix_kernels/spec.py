@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -51,7 +51,8 @@ class Out:
     """One result of an op and how near it must be to the float64 definition.
 
     `rtol` is relative to the element, or with `of_max` to the largest element (sums, where terms cancel).
-    `never_below` marks what bounds a sensitivity: it may be above the truth by `rtol`, below it never.
+    `never_below` marks what bounds a sensitivity: it may be above the truth by `rtol`, below it never. `floored`: it is
+    at least float32's smallest normal number.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Out:
     rtol: float
     of_max: bool = False
     never_below: bool = False
+    floored: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,13 +73,23 @@ class Cost:
 
 @dataclass(frozen=True)
 class Backend:
-    """An implementation of one op. The two callables return the reason against it, or None."""
+    """An implementation of one op for some floating dtypes. The last two callables return the reason against it."""
 
     name: str
     device: str
+    dtypes: Sequence[torch.dtype]
     run: Callable[..., Any]
     unavailable: Callable[[], str | None]
     refuses: Callable[..., str | None]
+
+    def why_not(self, bound: Mapping[str, Any], named: Iterable[str]) -> str | None:
+        """Its reason against one call, whose tensor arguments are `named`."""
+        for name in named:
+            value = bound[name]
+            for tensor in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype not in self.dtypes:
+                    return f"{name} has dtype {tensor.dtype}, which it does not compute in"
+        return self.refuses(**bound)
 
 
 @dataclass(eq=False)
@@ -136,10 +148,11 @@ class Op(Generic[P, R]):
         name: str,
         *,
         device: str,
+        dtypes: Sequence[torch.dtype] = FLOAT_DTYPES,
         unavailable: Callable[[], str | None] = lambda: None,
         refuses: Callable[..., str | None] = lambda **_: None,
     ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-        """Attach an implementation for tensors on a type of device.
+        """Attach an implementation for tensors on a type of device, of certain `dtypes` where they are floating.
 
         `unavailable()` asks about the machine, `refuses(**arguments)` about one call.
         """
@@ -147,7 +160,7 @@ class Op(Generic[P, R]):
             raise ValueError(f"name: {name!r} is not a backend; expected one of {AUTO_ORDER}")
 
         def attach(run: Callable[P, R]) -> Callable[P, R]:
-            self.backends[name] = Backend(name, device, run, unavailable, refuses)
+            self.backends[name] = Backend(name, device, dtypes, run, unavailable, refuses)
             return run
 
         return attach
@@ -165,7 +178,7 @@ class Op(Generic[P, R]):
             entry = self.backends.get(name)
             if entry is None or device is None or entry.device != device.type:
                 continue  # without a word to a driver: a process that uses the CPU alone may yet fork
-            if entry.unavailable() is None and entry.refuses(**bound) is None:
+            if entry.unavailable() is None and entry.why_not(bound, self._axes) is None:
                 return entry.run(**bound)
         return self._refer(bound)
 
@@ -181,7 +194,7 @@ class Op(Generic[P, R]):
         if backend not in self.backends:
             return f"this op has no {backend!r} implementation"
         entry = self.backends[backend]
-        return entry.unavailable() or (entry.refuses(**bound) if bound is not None else None)
+        return entry.unavailable() or (entry.why_not(bound, self._axes) if bound is not None else None)
 
 
 def define_op(

@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 from torch.nn.functional import pad
 
 from adamix_kernels.ops._cases import rand, scaled_rows, with_bad_rows
-from adamix_kernels.ops._numerics import round_up
+from adamix_kernels.ops._numerics import round_up, sum_dtype
 from adamix_kernels.spec import Case, Cost
 
 #: Doubles in the largest temporary.
@@ -35,29 +35,44 @@ def positions_axis(x: Tensor) -> Tensor:
     return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
 
 
-def sum_error(length: Tensor, positions: int) -> Tensor:
-    """How far a computed gradient may be from the exact one, in Frobenius norm: e = (T + 2) 2^-52 R.
+def own_error(length: Tensor, positions: int) -> Tensor:
+    """How far a gradient computed in float64 may be from the exact one, in Frobenius norm: (T + 2) 2^-52 R.
 
     `length` is R = sum over t of |a_t| |g_t|. Any order of float64 operations, fused or not, gives each entry of
     sum_t g_t a_t^T to (T + 2) 2^-53 sum_t |g_to| |a_ti|: T roundings for the products and the sum, one for a
     float64 coefficient, one for second-order terms. The matrix sum_t |g_t| |a_t|^T has a norm of at most R. The other
     factor 2 is slack, for the rounding of R itself.
-
-    This is how the norms below bound what a sample contributes. Its sum is computed from a gradient whose norm is at
-    most n + e, n being exact. So the squared norm that goes to `clip_coef` is that of n + e or more, and the factor
-    C / (n + e) leaves at most C, whatever cancels. The inflation e / n is about T^1.5 2^-52 on ordinary inputs.
     """
     return (positions + 2) * 2.0**-52 * length
 
 
+def sum_error(length: Tensor, positions: int, dtype: torch.dtype) -> Tensor:
+    """The same for the gradients that a backend sums: e, what the norms below leave room for.
+
+    A sample's norm may come from one backend and its sum from another, so e is the same for all. For float64 inputs all
+    compute in float64. For others they may add up to 128 products in float32, or 64 on tensor cores, which truncate
+    sums of 16 terms, and then such sums in float32 again: at most (min(T, 64) + 16 + T / 128) 2^-23 R.
+
+    This is how the norms bound what a sample contributes. Its sum is computed from a gradient whose norm is at most
+    n + e, n being exact. So the squared norm that goes to `clip_coef` is that of n + e or more, and the factor
+    C / (n + e) leaves at most C, whatever cancels. Where samples share such a sum their positions stand together, so
+    what a sample leaves behind in the others' rounding is in its own e, but for that of its clipped sum. The inflation
+    e / n is about sqrt(T) times the factor of R on ordinary inputs.
+    """
+    if dtype == torch.float64:
+        return own_error(length, positions)
+    return (min(positions, 64) + 16 + positions / 128) * 2.0**-23 * length
+
+
 def factored_norm_sq(a: Tensor, g: Tensor, bias: bool, method: str = "auto") -> Tensor:
-    """`[B]` float32, not below the exact squared norm of the gradients of all groups, nor (n + e)^2, nor TINY."""
+    """`[B]` float32, not below (n + e)^2 added up over the groups, nor TINY; n the exact norm, e the `sum_error`."""
     samples, groups, positions, inner = a.shape
     outer = g.shape[-1]
     gram = method == "gram" or (method == "auto" and positions * (inner + outer) < inner * outer)
     unit = groups * max(positions * (inner + outer + 1), positions**2 if gram else (inner + 1) * outer)
     bound = _gram if gram else _direct
-    parts = [bound(_widen(a[b], bias), g[b].double()) for b in blocks(samples, unit)]
+    dtype = sum_dtype(a, g)
+    parts = [bound(_widen(a[b], bias), g[b].double(), dtype) for b in blocks(samples, unit)]
     return round_up(torch.cat(parts), terms=groups * outer * (inner + 1) + 16)
 
 
@@ -104,15 +119,17 @@ def _length(a: Tensor, g: Tensor) -> Tensor:
     return (sizes[0] * sizes[1]).sqrt().sum(-1)
 
 
-def _direct(a: Tensor, g: Tensor) -> Tensor:
-    """From the gradient's entries. They are computed too, so n is at most their norm + e, and n + e that + 2 e."""
+def _direct(a: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
+    """From the gradient's entries. They are computed too, so n is at most their norm and their own error."""
     total = torch.zeros(a.shape[:2], dtype=torch.float64, device=a.device)
     for o in blocks(g.shape[-1], a.shape[0] * a.shape[1] * a.shape[3]):
         total += (g[..., o].mT @ a).square().sum((2, 3))
-    return (total.sqrt() + 2 * sum_error(_length(a, g), a.shape[2])).square().sum(1)
+    length, positions = _length(a, g), a.shape[2]
+    above = total.sqrt() + own_error(length, positions) + sum_error(length, positions, dtype)
+    return above.square().sum(1)
 
 
-def _gram(a: Tensor, g: Tensor) -> Tensor:
+def _gram(a: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
     """n^2 = sum over t, s of (a_t.a_s)(g_t.g_s).
 
     By rows, then over rows: I + O + 2T + 4 roundings on terms of at most |a_t||a_s||g_t||g_s|, which sum to R^2.
@@ -122,7 +139,7 @@ def _gram(a: Tensor, g: Tensor) -> Tensor:
         total += ((a[:, :, t] @ a.mT) * (g[:, :, t] @ g.mT)).sum(3).sum(2)
     length, roundings = _length(a, g), a.shape[3] + g.shape[3] + 2 * a.shape[2] + 4
     above = (total + roundings * 2.0**-52 * length.square()).clamp(min=0.0)
-    return (above.sqrt() + sum_error(length, a.shape[2])).square().sum(1)
+    return (above.sqrt() + sum_error(length, a.shape[2], dtype)).square().sum(1)
 
 
 def check_flags(bias: bool, method: str = "auto", **_: Any) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor
 
 from adamix_kernels.ops._cases import randn, scaled_rows, with_bad_rows
-from adamix_kernels.ops._factored import always, blocks, half_coef, layer_cost, positions_axis, sum_error
+from adamix_kernels.ops._factored import always, blocks, half_coef, layer_cost, own_error, positions_axis
 from adamix_kernels.ops._numerics import round_up, sum_dtype
 from adamix_kernels.ops.clip import clip_sum
 from adamix_kernels.ops.norm import grad_norm_sq
@@ -137,7 +137,7 @@ def embedding_norm_sq(indices: Tensor, backprops: Tensor, padding_idx: int | Non
         each += values.square().sum(2)
         ends = _sum_runs(keys, values)
         total += values.square().where(ends[..., None], 0.0).sum((1, 2))
-    error = sum_error(each.sqrt().sum(1), positions)
+    error = own_error(each.sqrt().sum(1), positions)
     return round_up((total.sqrt() + 2 * error).square(), terms=positions * width + 16)
 
 

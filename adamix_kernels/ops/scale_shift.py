@@ -17,8 +17,8 @@ from adamix_kernels.ops._factored import (
     layer_case,
     layer_cases,
     layer_cost,
+    own_error,
     positions_axis,
-    sum_error,
     weight_and_bias,
 )
 from adamix_kernels.ops._numerics import round_up, sum_dtype, weighted_sum
@@ -102,7 +102,7 @@ def scale_shift_norm_sq(activations: Tensor, backprops: Tensor, bias: bool = Tru
     for b in blocks(samples, positions * width):
         for terms in _terms(a[b], g[b], bias):
             # Each channel is a linear layer with one input and one output, so R is the sum of its absolute terms.
-            error = sum_error(terms.abs().sum(1), positions)
+            error = own_error(terms.abs().sum(1), positions)
             total[b] += (terms.sum(1).abs() + 2 * error).square().sum(1)
     return round_up(total, terms=2 * width + 16)
 

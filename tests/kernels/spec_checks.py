@@ -53,12 +53,17 @@ def assert_close(out: Out, result: Tensor, expected: Tensor) -> None:
     assert torch.equal(result[infinite], expected[infinite]), f"{out.name}: Inf expected"
     result, expected = result[~infinite], expected[~infinite]
     size = expected.abs().max() if out.of_max and expected.numel() else expected.abs()
-    error = (result - expected).abs() - rtol * size - (FLOAT32_NORMAL if out.never_below else FLOAT32_TINIEST)
+    error = (
+        (result - expected).abs()
+        - rtol * size
+        - (FLOAT32_NORMAL if out.never_below or out.floored else FLOAT32_TINIEST)
+    )
     assert not (error > 0).any() and not result.isnan().any(), (
         f"{out.name}: off by {(result - expected).abs().max():.3g} where rtol is {rtol:.3g}"
     )
-    if out.never_below:
+    if out.never_below or out.floored:
         assert (result >= FLOAT32_NORMAL).all(), f"{out.name}: denormal or zero"
+    if out.never_below:
         assert (result >= expected * (1 - 1e-14)).all(), f"{out.name}: below the exact value"
 
 

@@ -20,7 +20,8 @@ def runs() -> Iterator[Any]:
     for op in OPS.values():
         for backend in AUTO_ORDER:
             if op.why_not(backend) is None:
-                for case, dtype, device in itertools.product(op.cases(), FLOAT_DTYPES, DEVICES[backend]):
+                dtypes = FLOAT_DTYPES if backend == "torch" else op.backends[backend].dtypes
+                for case, dtype, device in itertools.product(op.cases(), dtypes, DEVICES[backend]):
                     name = f"{op.name}-{backend}-{case.name}-{str(dtype).removeprefix('torch.')}-{device}"
                     marks = [pytest.mark.gpu] if device == "cuda" else []
                     yield pytest.param(op, backend, case, dtype, device, id=name.replace(" ", "_"), marks=marks)
