@@ -155,24 +155,6 @@ ADAMIX_AVX512 void round_sums_avx512(const double* total, double std, const doub
   round_sums<T>(total, std, z, out, n);
 }
 
-// Writes sums, with their noise, rounded once. `total` may lie where they go: a piece is read before it is written, and
-// what is written of it never reaches the next.
-void finish(const Part& part, int64_t start, int64_t size, const double* total, const Noise* noise) {
-  constexpr int64_t kPiece = 1024;
-  const bool wide = part.dtype == DType::kFloat64;
-  const auto kernel = wide ? pick(round_sums_portable<double>, round_sums_avx2<double>, round_sums_avx512<double>)
-                           : pick(round_sums_portable<float>, round_sums_avx2<float>, round_sums_avx512<float>);
-  char* out = static_cast<char*>(part.out) + start * (wide ? 8 : 4);
-  double z[kPiece], piece[kPiece];
-  std::fill_n(z, std::min(kPiece, size), 0.0);
-  for (int64_t i = 0; i < size; i += kPiece) {
-    const int64_t n = std::min(kPiece, size - i);
-    if (noise != nullptr) noise->normals(part.offset + start + i, n, z);
-    std::copy_n(total + i, n, piece);
-    kernel(piece, noise != nullptr ? noise->std : 0, z, out + i * (wide ? 8 : 4), n);
-  }
-}
-
 // Where the sums of a block are kept, in double, from one group of rows to the next: float results have room for half
 // of them, so that only the other half needs memory of its own.
 struct Carried {
@@ -222,6 +204,22 @@ void sum_block(const Part& part, const Block& block, const std::vector<double>& 
 }
 
 }  // namespace
+
+void finish(const Part& part, int64_t start, int64_t size, const double* total, const Noise* noise) {
+  constexpr int64_t kPiece = 1024;
+  const bool wide = part.dtype == DType::kFloat64;
+  const auto kernel = wide ? pick(round_sums_portable<double>, round_sums_avx2<double>, round_sums_avx512<double>)
+                           : pick(round_sums_portable<float>, round_sums_avx2<float>, round_sums_avx512<float>);
+  char* out = static_cast<char*>(part.out) + start * (wide ? 8 : 4);
+  double z[kPiece], piece[kPiece];  // a copy is read, as what is written may lie where it was
+  std::fill_n(z, std::min(kPiece, size), 0.0);
+  for (int64_t i = 0; i < size; i += kPiece) {
+    const int64_t n = std::min(kPiece, size - i);
+    if (noise != nullptr) noise->normals(part.offset + start + i, n, z);
+    std::copy_n(total + i, n, piece);
+    kernel(piece, noise != nullptr ? noise->std : 0, z, out + i * (wide ? 8 : 4), n);
+  }
+}
 
 void clip_coef(const double* norm_sq, int64_t rows, double threshold, float* coef) {
   pick(coef_portable, coef_avx2, coef_avx512)(norm_sq, rows, threshold, coef);

@@ -7,6 +7,7 @@
 #include <tuple>
 #include <vector>
 
+#include "bind.h"
 #include "clip.h"
 #include "isa.h"
 #include "noise.h"
@@ -99,4 +100,5 @@ PYBIND11_MODULE(_cpu, m) {
       },
       py::arg("data"), py::arg("dtype"), py::arg("n"), py::arg("std"), py::arg("key"), py::arg("draw"),
       py::arg("offset"), py::arg("threads"));
+  adamix::bind_factored(m);
 }

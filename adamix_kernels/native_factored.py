@@ -1,0 +1,145 @@
+"""The compiled CPU kernels on factored gradients: backend "cpp" of the ops on layers and on the softmax head."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adamix_kernels.memory import none_behind, plain
+from adamix_kernels.native import CPU, dtype_of, module, unavailable
+from adamix_kernels.ops.head import HeadSum, softmax_head_clip_sum_noise
+from adamix_kernels.ops.head_variants import softmax_head_coordinates
+from adamix_kernels.ops.linear import LinearSum, linear_clip_sum, linear_norm_sq
+from adamix_kernels.ops.noise import Noise
+
+#: They compute in float32.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def address(x: Tensor) -> tuple[int, Any]:
+    return x.data_ptr(), dtype_of(x.dtype)
+
+
+def draw(noise: Noise | None, std: float) -> tuple[list[int], int, float] | None:
+    """What a kernel is told of the noise; takes a draw if there is to be any."""
+    return (noise._key, noise.next_draw(), std) if noise is not None and std else None
+
+
+register = functools.partial(dict, device="cpu", dtypes=DTYPES, unavailable=unavailable)
+
+
+def _layer(activations: Tensor, backprops: Tensor) -> tuple[Tensor, Tensor, tuple[int, int, int, int]]:
+    """Both as plain memory, and B, T, I, O."""
+    a, g = plain(activations), plain(backprops)
+    return a, g, (a.shape[0], math.prod(a.shape[1:-1]), a.shape[-1], g.shape[-1])
+
+
+def by_gram(positions: int, inputs: int, outputs: int) -> bool:
+    """Whether products of positions with positions, half of them by symmetry, are the cheaper."""
+    return positions * (inputs + outputs) < 2 * inputs * outputs
+
+
+@linear_norm_sq.register(
+    "cpp", **register(refuses=lambda activations, backprops, **_: none_behind([activations, backprops], "cpu"))
+)
+def _linear_norm_sq(activations: Tensor, backprops: Tensor, bias: bool, method: str) -> Tensor:
+    a, g, sizes = _layer(activations, backprops)
+    gram = by_gram(*sizes[1:]) if method == "auto" else method == "gram"
+    out = torch.empty(len(a), dtype=torch.float32, device=CPU)
+    module().linear_norm_sq(address(a), address(g), *sizes, bias, gram, out.data_ptr(), torch.get_num_threads())
+    return out
+
+
+@linear_clip_sum.register(
+    "cpp",
+    **register(
+        refuses=lambda activations, backprops, coef, std, **_: none_behind([activations, backprops, coef, std], "cpu")
+    ),
+)
+def _linear_clip_sum(
+    activations: Tensor, backprops: Tensor, coef: Tensor, bias: bool, noise: Noise | None, std: float | Tensor
+) -> LinearSum:
+    a, g, sizes = _layer(activations, backprops)
+    factors, (inputs, outputs) = plain(coef), sizes[2:]
+    weight = torch.empty(outputs, inputs, dtype=torch.float32, device=CPU)
+    shift = torch.empty(outputs, dtype=torch.float32, device=CPU) if bias else None
+    module().linear_clip_sum(
+        address(a),
+        address(g),
+        address(factors),
+        *sizes,
+        weight.data_ptr(),
+        0 if shift is None else shift.data_ptr(),
+        draw(noise, float(std)),
+        torch.get_num_threads(),
+    )
+    return LinearSum(weight, shift)
+
+
+def _head(
+    features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[tuple[Any, ...], list[Tensor | None]]:
+    """A head as its kernels take it, and the memory that must outlive the call."""
+    x, y, w = plain(features), plain(labels.long()), plain(weight.float())
+    b = None if bias is None else plain(bias.float())
+    described = (address(x), y.data_ptr(), w.data_ptr(), 0 if b is None else b.data_ptr(), *x.shape, len(w))
+    return described, [x, y, w, b]
+
+
+@softmax_head_clip_sum_noise.register(
+    "cpp",
+    **register(
+        refuses=lambda features, labels, weight, bias, max_grad_norm, **_: none_behind(
+            [features, labels, weight, bias, max_grad_norm], "cpu"
+        )
+    ),
+)
+def _softmax_head_clip_sum_noise(
+    features: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    max_grad_norm: float | Tensor,
+    noise_multiplier: float,
+    noise: Noise | None,
+) -> HeadSum:
+    described, _alive = _head(features, labels, weight, bias)
+    threshold = float(max_grad_norm)
+    std = noise_multiplier * threshold if noise_multiplier else 0.0  # 0 times an infinite threshold is none
+    sums = torch.empty(weight.shape, dtype=torch.float32, device=CPU)
+    shift = None if bias is None else torch.empty(len(bias), dtype=torch.float32, device=CPU)
+    norm_sq = torch.empty(len(features), dtype=torch.float32, device=CPU)
+    loss = module().softmax_head(
+        *described,
+        threshold,
+        sums.data_ptr(),
+        0 if shift is None else shift.data_ptr(),
+        norm_sq.data_ptr(),
+        draw(noise, std),
+        torch.get_num_threads(),
+    )
+    return HeadSum(sums, shift, norm_sq, torch.tensor(loss, dtype=torch.float32, device=CPU))
+
+
+@softmax_head_coordinates.register(
+    "cpp",
+    **register(
+        refuses=lambda features, labels, weight, basis, bias: none_behind(
+            [features, labels, weight, bias, basis], "cpu"
+        )
+    ),
+)
+def _softmax_head_coordinates(
+    features: Tensor, labels: Tensor, weight: Tensor, basis: Tensor, bias: Tensor | None
+) -> Tensor:
+    described, _alive = _head(features, labels, weight, bias)
+    directions = plain(basis.float())
+    out = torch.empty(len(features), len(basis), dtype=torch.float32, device=CPU)
+    module().softmax_head_coordinates(
+        *described, directions.data_ptr(), len(basis), out.data_ptr(), torch.get_num_threads()
+    )
+    return out

@@ -1,0 +1,85 @@
+// Python bindings of the kernels on factored gradients.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "bind.h"
+#include "factored.h"
+#include "head.h"
+
+namespace py = pybind11;
+
+namespace adamix {
+namespace {
+
+Dense dense(const Address& tensor, int64_t positions, int64_t columns) {
+  return Dense(reinterpret_cast<const void*>(tensor.first), tensor.second, positions, columns);
+}
+
+// Key, draw and standard deviation.
+using NoiseArgs = std::optional<std::tuple<std::vector<uint32_t>, uint64_t, double>>;
+
+std::optional<Noise> noise_of(const NoiseArgs& given) {
+  if (!given) return std::nullopt;
+  const Noise noise{std::get<0>(*given), std::get<1>(*given), std::get<2>(*given)};
+  noise.check();
+  return noise;
+}
+
+void linear_norm_sq(Address activations, Address backprops, int64_t samples, int64_t positions, int64_t inputs,
+                    int64_t outputs, bool bias, bool gram, uintptr_t out, int threads) {
+  const Dense a = dense(activations, positions, inputs), g = dense(backprops, positions, outputs);
+  const std::vector<double> norms = factored_norm_sq({a, g, samples, positions}, bias, gram, threads);
+  round_up(norms, outputs * (inputs + 1) + 4 * positions + 64, reinterpret_cast<float*>(out));
+}
+
+void linear_clip_sum(Address activations, Address backprops, Address coef, int64_t samples, int64_t positions,
+                     int64_t inputs, int64_t outputs, uintptr_t weight, uintptr_t bias, const NoiseArgs& noise,
+                     int threads) {
+  const std::optional<Noise> draw = noise_of(noise);
+  const Noise* source = draw ? &*draw : nullptr;
+  const Dense a = dense(activations, positions, inputs), g = dense(backprops, positions, outputs);
+  const Factors factors{a, g, samples, positions};
+  const std::vector<double> scales = widened(reinterpret_cast<const void*>(coef.first), coef.second, samples);
+  factored_sum(factors, scales, reinterpret_cast<float*>(weight), source, 0, threads);
+  if (bias != 0) bias_sum(factors, scales, reinterpret_cast<float*>(bias), source, outputs * inputs, threads);
+}
+
+const float* floats(uintptr_t data) { return reinterpret_cast<const float*>(data); }
+
+Head head_of(Address features, uintptr_t labels, uintptr_t weight, uintptr_t bias, int64_t rows, int64_t inputs,
+             int64_t outputs) {
+  return {reinterpret_cast<const void*>(features.first), features.second, reinterpret_cast<const int64_t*>(labels), rows,
+          inputs, outputs, floats(weight), floats(bias)};
+}
+
+double softmax_head(Address features, uintptr_t labels, uintptr_t weight, uintptr_t bias, int64_t rows, int64_t inputs,
+                    int64_t outputs, double threshold, uintptr_t weight_sum, uintptr_t bias_sum, uintptr_t norm_sq,
+                    const NoiseArgs& noise, int threads) {
+  const std::optional<Noise> draw = noise_of(noise);
+  return head_clip_sum_noise(head_of(features, labels, weight, bias, rows, inputs, outputs), threshold,
+                             reinterpret_cast<float*>(weight_sum), reinterpret_cast<float*>(bias_sum),
+                             reinterpret_cast<float*>(norm_sq), draw ? &*draw : nullptr, threads);
+}
+
+void softmax_head_coordinates(Address features, uintptr_t labels, uintptr_t weight, uintptr_t bias, int64_t rows,
+                              int64_t inputs, int64_t outputs, uintptr_t basis, int64_t rank, uintptr_t out,
+                              int threads) {
+  head_coordinates(head_of(features, labels, weight, bias, rows, inputs, outputs), floats(basis), rank,
+                   reinterpret_cast<float*>(out), threads);
+}
+
+}  // namespace
+
+void bind_factored(py::module_& m) {
+  m.def("linear_norm_sq", &linear_norm_sq, py::call_guard<py::gil_scoped_release>());
+  m.def("linear_clip_sum", &linear_clip_sum, py::call_guard<py::gil_scoped_release>());
+  m.def("softmax_head", &softmax_head, py::call_guard<py::gil_scoped_release>());
+  m.def("softmax_head_coordinates", &softmax_head_coordinates, py::call_guard<py::gil_scoped_release>());
+}
+
+}  // namespace adamix

@@ -1,0 +1,252 @@
+// Squared norms of gradients in factors, g^T a, tile by tile: neither T x T nor I x O numbers are ever stored.
+//
+// Float32 products whose rounding is bounded, sums of them in double: the same bits for every thread count.
+
+#include <cmath>
+#include <numeric>
+
+#include "blocks.h"
+#include "factored.h"
+#include "isa.h"
+#include "panels.h"
+
+namespace adamix {
+namespace {
+
+constexpr double kUnit = 0x1p-24;       // relative error of one rounding to float32
+constexpr double kSmall = 0x1p-126;     // what underflow may lose of a product, where denormals are flushed
+constexpr int64_t kTallBlock = 96;      // outputs of a task of `direct`
+constexpr int64_t kGramT = 48;          // positions of a task of `gram` ..
+constexpr int64_t kGramS = 96;          // .. and how many it meets at a time
+// Relative error of a dot of float32 rows: of kDotDepth numbers at most, by `dot`, the products rounded too. Two more
+// for second-order terms and the roundings of the norms it is relative to.
+double dot_error(int64_t columns) { return (std::min(columns, kDotDepth) / kLanes + 8) * kUnit; }
+
+// Powers of 2 that the factors of a sample are multiplied with.
+struct Scale {
+  float a, g;
+};
+
+// Brings the largest of some lengths within 2^-20 .. 2^20 by a power of 2, and raises them, but for zeros, to where what
+// underflows in a dot is less than its error relative to them.
+float scale_of(double* lengths, int64_t count) {
+  constexpr double kLeast = 0x1p-46;
+  const double most = count > 0 ? *std::max_element(lengths, lengths + count) : 0;
+  const bool usual = (most >= 0x1p-20 && most <= 0x1p20) || most == 0 || !std::isfinite(most);
+  const double scale = usual ? 1 : std::ldexp(1.0, -std::clamp(std::ilogb(most), -120, 120));
+  for (int64_t t = 0; t < count; ++t) lengths[t] = lengths[t] == 0 ? 0 : std::max(scale * lengths[t], kLeast);
+  return static_cast<float>(scale);
+}
+
+// |a_t|, |g_t| for each position of each sample, and per sample R = sum_t |a_t| |g_t|, the bias being an input of 1.
+struct Lengths {
+  std::vector<double> a, g, r;
+
+  Lengths(const Factors& f, bool bias, int threads) : a(f.samples * f.positions), g(a.size()), r(f.samples) {
+    const int64_t count = a.size(), columns = f.activations.columns + f.backprops.columns;
+#pragma omp parallel for num_threads(threads) schedule(static) if (count * columns > kSerial)
+    for (int64_t k = 0; k < count; ++k) {
+      a[k] = std::sqrt(f.activations.square(k / f.positions, k % f.positions) + bias);
+      g[k] = std::sqrt(f.backprops.square(k / f.positions, k % f.positions));
+    }
+    add_up(f.positions);
+  }
+
+  std::vector<Scale> bring_near_one(int64_t positions) {
+    std::vector<Scale> scales;
+    for (size_t b = 0; b < r.size(); ++b)
+      scales.push_back({scale_of(a.data() + b * positions, positions),
+                        scale_of(g.data() + b * positions, positions)});
+    add_up(positions);
+    return scales;
+  }
+
+ private:
+  void add_up(int64_t positions) {
+    for (size_t b = 0; b < r.size(); ++b)
+      r[b] = std::inner_product(a.data() + b * positions, a.data() + (b + 1) * positions, g.data() + b * positions, 0.0);
+  }
+};
+
+// What a task needs besides its result; a thread reuses it.
+struct Workspace {
+  std::vector<Panels> chunks;
+  std::vector<double> total;
+  DotRows rows_t, rows_s;
+  std::vector<float> block;
+  std::vector<double> x, y;
+};
+
+// Sum of squares of the gradient's entries, for the outputs `outer` and on: of the bias too.
+double direct_task(const Factors& f, bool bias, int64_t sample, int64_t outer, Workspace& work) {
+  const int64_t inputs = f.activations.columns, tall = std::min(kTallBlock, f.backprops.columns - outer);
+  const int64_t from = sample * f.positions, chunks = (f.positions + kDepth - 1) / kDepth;
+  const auto rows = [&](int64_t c) { return std::min(kDepth, f.positions - c * kDepth); };
+  work.chunks.resize(std::max<int64_t>(chunks, work.chunks.size()));
+  for (int64_t c = 0; c < chunks; ++c)
+    work.chunks[c].pack_tall(f.backprops, f.positions, from + c * kDepth, rows(c), outer, tall, nullptr);
+  double sum = 0;
+  for (int64_t inner = 0; inner < inputs; inner += kWide) {
+    const Region region{outer, tall, inner, std::min<int64_t>(kWide, inputs - inner)};
+    for (int64_t c = 0; c < chunks; ++c) {
+      Panels& panels = work.chunks[c];
+      panels.pack_wide(f.activations, f.positions, from + c * kDepth, rows(c), inner, region.wide, nullptr, nullptr);
+      if (chunks == 1) {
+        sum += panels.square();
+        continue;
+      }
+      if (c == 0) work.total.assign(region.size(), 0.0);
+      panels.add(work.total.data(), region.stride());
+    }
+    if (chunks > 1) sum += square_sum(work.total.data(), region.size());
+  }
+  if (bias) {
+    work.x.assign(tall, 0.0);
+    work.block.resize(tall);
+    for (int64_t t = 0; t < f.positions; ++t) {
+      f.backprops.read(sample, t, 1, outer, tall, work.block.data(), tall);
+      add_to(work.x.data(), work.block.data(), tall);
+    }
+    sum += square_sum(work.x.data(), tall);
+  }
+  return sum;
+}
+
+// out[t][s] = dot of rows t0 + t and s0 + s of a sample, in rows of kGramS; only where s is not above t.
+void dots(const Source& source, float scale, int64_t sample, int64_t t0, int64_t nt, int64_t s0, int64_t ns,
+          Workspace& work, std::vector<double>& out) {
+  const auto kernel = dot();
+  out.resize(kGramT * kGramS);
+  work.block.resize(kGramT * kGramS + kDotSpill);
+  for (int64_t first = 0; first < source.columns; first += kDotDepth) {
+    const int64_t columns = std::min(kDotDepth, source.columns - first), depth = round_to(columns, kLanes);
+    work.rows_t.find(source, scale, sample, t0, nt, first, columns, kDotX);
+    work.rows_s.find(source, scale, sample, s0, ns, first, columns, kDotY);
+    for (int64_t s = 0; s < ns; s += kDotY)
+      for (int64_t t = std::max<int64_t>(0, (s0 + s - t0) / kDotX * kDotX); t < nt; t += kDotX)
+        // What is lost to the right is of other s: written later, or never read.
+        kernel(work.rows_t.at(t), work.rows_s.at(s), depth, work.block.data() + t * kGramS + s, kGramS);
+    for (int64_t t = 0; t < nt; ++t) {
+      const int64_t n = std::min(ns, t0 + t - s0 + 1);
+      if (n > 0 && first == 0) std::fill_n(out.data() + t * kGramS, n, 0.0);
+      if (n > 0) add_to(out.data() + t * kGramS, work.block.data() + t * kGramS, n);
+    }
+  }
+}
+
+// What one row of dots adds to the squared norm, and to its error.
+struct Sums {
+  double product = 0, x = 0, y = 0;
+};
+ADAMIX_INLINE void meet(const double* x, const double* y, const double* a, const double* g, int64_t n, double one,
+                        Sums& sums) {
+  constexpr int kParts = 16;
+  double product[kParts] = {}, off_x[kParts] = {}, off_y[kParts] = {};
+  const auto take = [&](int64_t i, int p) {
+    const double dot = x[i] + one;
+    product[p] += dot * y[i];
+    off_x[p] += g[i] * std::abs(dot);
+    off_y[p] += a[i] * std::abs(y[i]);
+  };
+  int64_t i = 0;
+  for (; i + kParts <= n; i += kParts)
+    for (int p = 0; p < kParts; ++p) take(i + p, p);
+  for (int p = 0; i < n; ++i, ++p) take(i, p);
+  for (int p = 0; p < kParts; ++p) {
+    sums.product += product[p];
+    sums.x += off_x[p];
+    sums.y += off_y[p];
+  }
+}
+void meet_portable(const double* x, const double* y, const double* a, const double* g, int64_t n, double one,
+                   Sums& sums) {
+  meet(x, y, a, g, n, one, sums);
+}
+ADAMIX_AVX2 void meet_avx2(const double* x, const double* y, const double* a, const double* g, int64_t n, double one,
+                           Sums& sums) {
+  meet(x, y, a, g, n, one, sums);
+}
+ADAMIX_AVX512 void meet_avx512(const double* x, const double* y, const double* a, const double* g, int64_t n,
+                               double one, Sums& sums) {
+  meet(x, y, a, g, n, one, sums);
+}
+
+// For the positions t0 and on, sum over them and all s of (a_t.a_s)(g_t.g_s), by symmetry from s <= t; and how far it
+// may be off: computed dots x, y are, by at most p |a_t||a_s| and q |g_t||g_s|, so their product is by at most
+// p |a_t||a_s||y| + q |g_t||g_s||x| + p q |a_t||a_s||g_t||g_s|. The last is left to the caller: it adds up to p q R^2.
+Sums gram_task(const Factors& f, bool bias, Scale scale, int64_t sample, int64_t t0, const double* a,
+               const double* g, Workspace& work) {
+  const auto kernel = pick(meet_portable, meet_avx2, meet_avx512);
+  const int64_t nt = std::min(kGramT, f.positions - t0);
+  const double one = bias ? static_cast<double>(scale.a) * scale.a : 0;
+  const double p = dot_error(f.activations.columns), q = dot_error(f.backprops.columns);
+  Sums total;
+  for (int64_t s0 = 0; s0 < t0 + nt; s0 += kGramS) {
+    const int64_t ns = std::min(kGramS, t0 + nt - s0);
+    dots(f.activations, scale.a, sample, t0, nt, s0, ns, work, work.x);
+    dots(f.backprops, scale.g, sample, t0, nt, s0, ns, work, work.y);
+    for (int64_t t = t0; t < t0 + nt; ++t) {
+      const double *x = work.x.data() + (t - t0) * kGramS, *y = work.y.data() + (t - t0) * kGramS;
+      const int64_t below = std::min(ns, t - s0);  // s < t, which count twice; then t itself
+      Sums twice, once;
+      if (below > 0) kernel(x, y, a + s0, g + s0, below, one, twice);
+      if (below >= 0 && below < ns) kernel(x + below, y + below, a + t, g + t, 1, one, once);
+      total.product += 2 * twice.product + once.product;
+      total.x += q * g[t] * (2 * twice.x + once.x);
+      total.y += p * a[t] * (2 * twice.y + once.y);
+    }
+  }
+  return total;
+}
+
+}  // namespace
+
+std::vector<double> factored_norm_sq(const Factors& f, bool bias, bool gram, int threads) {
+  const Lengths lengths(f, bias, threads);
+  const int64_t inputs = f.activations.columns, outputs = f.backprops.columns, positions = f.positions;
+  const int64_t parts = positions == 1 ? 0
+                        : gram         ? (positions + kGramT - 1) / kGramT
+                                       : (outputs + kTallBlock - 1) / kTallBlock;
+  std::vector<Sums> partial(f.samples * parts);
+  Lengths scaled = lengths;
+  const std::vector<Scale> scales = scaled.bring_near_one(positions);
+  const int64_t work_size = f.samples * positions * std::min(inputs * outputs, positions * (inputs + outputs));
+#pragma omp parallel num_threads(threads) if (work_size > kSerial)
+  {
+    Workspace work;
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < static_cast<int64_t>(partial.size()); ++task) {
+      const int64_t sample = task / parts, part = parts - 1 - task % parts;  // the largest of `gram` first
+      const int64_t from = sample * positions;
+      partial[sample * parts + part] =
+          gram ? gram_task(f, bias, scales[sample], sample, part * kGramT, scaled.a.data() + from, scaled.g.data() + from,
+                           work)
+               : Sums{direct_task(f, bias, sample, part * kTallBlock, work)};
+    }
+  }
+  std::vector<double> result(f.samples);
+  const double p = dot_error(inputs), q = dot_error(outputs);
+  const double room = (std::min<double>(positions, 64) + 16 + positions / 128.0) * 0x1p-23;  // see `sum_error`
+  for (int64_t b = 0; b < f.samples; ++b) {
+    const double r = lengths.r[b];
+    Sums sum;
+    for (int64_t k = b * parts; k < (b + 1) * parts; ++k) {
+      sum.product += partial[k].product;
+      sum.x += partial[k].x;
+      sum.y += partial[k].y;
+    }
+    double norm = r;
+    if (positions > 1 && gram) {
+      const double roundings = (2 * positions + inputs / kDotDepth + outputs / kDotDepth + 64) * 0x1p-52;
+      const double above = sum.product + sum.x + sum.y + (p * q + roundings) * scaled.r[b] * scaled.r[b];
+      norm = std::sqrt(above < 0 ? 0 : above) / scales[b].a / scales[b].g;
+    } else if (positions > 1) {
+      const double entries = std::sqrt(static_cast<double>(outputs) * (inputs + 1));
+      norm = std::sqrt(sum.product) + (std::min(positions, kDepth) + 2) * kUnit * r + (r > 0 ? positions * entries * kSmall : 0);
+    }
+    result[b] = (norm + room * r) * (norm + room * r);
+  }
+  return result;
+}
+
+}  // namespace adamix

@@ -1,0 +1,163 @@
+// Products of matrices in float32, tile by tile, in registers.
+
+#include "micro.h"
+
+#include <cstring>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#endif
+
+#include "isa.h"
+
+// The only file where a product and an addition may become one operation: its rounding is bounded either way.
+#ifdef __clang__
+#pragma clang fp contract(fast)
+#define ADAMIX_FUSED
+#else
+#define ADAMIX_FUSED __attribute__((optimize("fp-contract=fast")))
+#endif
+
+namespace adamix {
+namespace {
+
+template <int kSize>
+struct Vectors {
+  typedef float Type __attribute__((vector_size(4 * kSize)));  // in a `using` GCC ignores a size that depends
+  typedef float Unaligned __attribute__((vector_size(4 * kSize), aligned(4)));
+};
+template <int kSize>
+using Vector = typename Vectors<kSize>::Type;
+
+template <int kSize>
+ADAMIX_INLINE void load(const float* x, Vector<kSize>& out) {
+  out = *reinterpret_cast<const typename Vectors<kSize>::Unaligned*>(x);
+}
+
+// kRows x kVectors accumulators of kSize numbers: as many as the processor has registers for.
+template <int kSize, int kRows, int kVectors>
+ADAMIX_INLINE void outer_part(const float* a, const float* b, int64_t count, float* tile) {
+  Vector<kSize> sum[kRows][kVectors] = {};
+  for (int64_t k = 0; k < count; ++k, a += kTall, b += kWide) {
+    Vector<kSize> wide[kVectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) load<kSize>(b + v * kSize, wide[v]);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) sum[i][v] += a[i] * wide[v];
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v)
+      *reinterpret_cast<typename Vectors<kSize>::Unaligned*>(tile + i * kWide + v * kSize) = sum[i][v];
+}
+
+template <int kSize, int kRows, int kVectors>
+ADAMIX_INLINE void outer_all(const float* a, const float* b, int64_t count, float* tile) {
+  for (int i = 0; i < kTall; i += kRows)
+    for (int j = 0; j < kWide; j += kVectors * kSize)
+      outer_part<kSize, kRows, kVectors>(a + i, b + j, count, tile + i * kWide + j);
+}
+
+void outer_portable(const float* a, const float* b, int64_t count, float* tile) {
+  outer_all<4, 3, 4>(a, b, count, tile);
+}
+ADAMIX_AVX2 ADAMIX_FUSED void outer_avx2(const float* a, const float* b, int64_t count, float* tile) {
+  outer_all<8, 6, 2>(a, b, count, tile);
+}
+ADAMIX_AVX512 ADAMIX_FUSED void outer_avx512(const float* a, const float* b, int64_t count, float* tile) {
+  outer_all<16, 6, 4>(a, b, count, tile);
+}
+
+// kX x kY sums, each of kLanes chains in kLanes / kSize accumulators.
+template <int kSize, int kX, int kY>
+ADAMIX_INLINE void dot_part(const float* const* x, const float* const* y, int64_t count,
+                            Vector<kSize> (&sum)[kX][kY][kLanes / kSize]) {
+  for (int64_t k = 0; k < count; k += kLanes)
+#pragma GCC unroll 4
+    for (int v = 0; v < kLanes / kSize; ++v) {
+      Vector<kSize> row[kX];
+#pragma GCC unroll 8
+      for (int i = 0; i < kX; ++i) load<kSize>(x[i] + k + v * kSize, row[i]);
+#pragma GCC unroll 8
+      for (int j = 0; j < kY; ++j) {
+        Vector<kSize> other;
+        load<kSize>(y[j] + k + v * kSize, other);
+#pragma GCC unroll 8
+        for (int i = 0; i < kX; ++i) sum[i][j][v] += row[i] * other;
+      }
+    }
+}
+
+template <int kSize, int kX, int kY>
+ADAMIX_INLINE void dot_all(const float* const* x, const float* const* y, int64_t count, float* out, int64_t stride) {
+  for (int i = 0; i < kDotX; i += kX)
+    for (int j = 0; j < kDotY; j += kY) {
+      Vector<kSize> sum[kX][kY][kLanes / kSize] = {};
+      dot_part<kSize, kX, kY>(x + i, y + j, count, sum);
+      for (int r = 0; r < kX; ++r)
+        for (int c = 0; c < kY; ++c) {
+          float lanes[kLanes];
+          std::memcpy(lanes, sum[r][c], sizeof lanes);
+          for (int width = kLanes / 2; width > 0; width /= 2)
+            for (int l = 0; l < width; ++l) lanes[l] += lanes[l + width];
+          out[(i + r) * stride + j + c] = lanes[0];
+        }
+    }
+}
+
+void dot_portable(const float* const* x, const float* const* y, int64_t count, float* out, int64_t stride) {
+  dot_all<4, 1, 2>(x, y, count, out, stride);
+}
+ADAMIX_AVX2 ADAMIX_FUSED void dot_avx2(const float* const* x, const float* const* y, int64_t count, float* out,
+                                       int64_t stride) {
+  dot_all<8, 2, 3>(x, y, count, out, stride);
+}
+
+#ifdef ADAMIX_X86
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // false, of the intrinsics' own undefined operands
+// The halves of x's groups of 2 kHalf lanes added to one another, then those of y's.
+template <int kHalf>
+ADAMIX_AVX512 inline __m512 fold(__m512 x, __m512 y) {
+  alignas(64) int low[16], high[16];
+#pragma GCC unroll 16
+  for (int lane = 0; lane < 16; ++lane) {
+    low[lane] = lane / kHalf * 2 * kHalf + lane % kHalf;
+    high[lane] = low[lane] + kHalf;
+  }
+  return _mm512_permutex2var_ps(x, _mm512_load_si512(low), y) + _mm512_permutex2var_ps(x, _mm512_load_si512(high), y);
+}
+
+ADAMIX_AVX512 ADAMIX_FUSED void dot_avx512(const float* const* x, const float* const* y, int64_t count, float* out,
+                                           int64_t stride) {
+  Vector<16> sum[4][6][1] = {};
+  dot_part<16, 4, 6>(x, y, count, sum);
+  // Each step halves the lanes and puts two vectors into one, in the end two rows of 6 sums and 2 zeros into each.
+  __m512 rows[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512 s0 = fold<8>(sum[i][0][0], sum[i][1][0]), s1 = fold<8>(sum[i][2][0], sum[i][3][0]),
+                 s2 = fold<8>(sum[i][4][0], sum[i][5][0]);
+    rows[i] = fold<2>(fold<4>(s0, s1), fold<4>(s2, _mm512_setzero_ps()));
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 4; i += 2) {
+    const __m512 two = fold<1>(rows[i], rows[i + 1]);
+    _mm256_storeu_ps(out + i * stride, _mm512_castps512_ps256(two));
+    _mm256_storeu_ps(out + (i + 1) * stride, _mm512_extractf32x8_ps(two, 1));
+  }
+}
+#pragma GCC diagnostic pop
+#else
+constexpr auto dot_avx512 = dot_portable;
+#endif
+
+}  // namespace
+
+Outer outer() { return pick(outer_portable, outer_avx2, outer_avx512); }
+Dot dot() { return pick(dot_portable, dot_avx2, dot_avx512); }
+
+}  // namespace adamix
