@@ -11,6 +11,7 @@ from torch import Tensor
 
 from adamix_kernels.memory import none_behind, plain
 from adamix_kernels.native import CPU, dtype_of, module, unavailable
+from adamix_kernels.ops.conv import ConvSum, conv_axes, conv_clip_sum, conv_norm_sq
 from adamix_kernels.ops.head import HeadSum, softmax_head_clip_sum_noise
 from adamix_kernels.ops.head_variants import softmax_head_coordinates
 from adamix_kernels.ops.linear import LinearSum, linear_clip_sum, linear_norm_sq
@@ -78,6 +79,58 @@ def _linear_clip_sum(
         torch.get_num_threads(),
     )
     return LinearSum(weight, shift)
+
+
+def _conv(
+    activations: Tensor, backprops: Tensor, kernel_size: Any, stride: Any, padding: Any, dilation: Any, groups: int
+) -> tuple[tuple[Any, ...], int, int]:
+    """A convolution in three axes, as its kernels take it; positions; inputs of a window."""
+    axes = conv_axes(kernel_size, stride, padding, dilation)
+    missing = [1] * (3 - len(axes))
+    sizes, outs = [*missing, *activations.shape[2:]], [*missing, *backprops.shape[2:]]
+    kernel = [*missing, *(axis.kernel for axis in axes)]
+    strides, dilations = [*missing, *(axis.stride for axis in axes)], [*missing, *(axis.dilation for axis in axes)]
+    before = [*(0 for _ in missing), *(axis.before for axis in axes)]
+    inputs, outputs = activations.shape[1], backprops.shape[1]
+    shape = (inputs, outputs, groups, sizes, outs, kernel, strides, before, dilations)
+    return shape, math.prod(outs), inputs // groups * math.prod(kernel)
+
+
+@conv_norm_sq.register(
+    "cpp", **register(refuses=lambda activations, backprops, **_: none_behind([activations, backprops], "cpu"))
+)
+def _conv_norm_sq(activations: Tensor, backprops: Tensor, *, groups: int, bias: bool, **settings: Any) -> Tensor:
+    a, g = plain(activations), plain(backprops)
+    shape, positions, window = _conv(a, g, groups=groups, **settings)
+    out = torch.empty(len(a), dtype=torch.float32, device=CPU)
+    gram = by_gram(positions, window, g.shape[1] // groups)
+    module().conv_norm_sq(address(a), address(g), len(a), shape, bias, gram, out.data_ptr(), torch.get_num_threads())
+    return out
+
+
+@conv_clip_sum.register(
+    "cpp",
+    **register(refuses=lambda activations, backprops, coef, **_: none_behind([activations, backprops, coef], "cpu")),
+)
+def _conv_clip_sum(
+    activations: Tensor, backprops: Tensor, coef: Tensor, *, groups: int, bias: bool, **settings: Any
+) -> ConvSum:
+    a, g, factors = plain(activations), plain(backprops), plain(coef)
+    shape, _, _ = _conv(a, g, groups=groups, **settings)
+    outputs = g.shape[1]
+    weight = torch.empty(outputs, a.shape[1] // groups, *settings["kernel_size"], dtype=torch.float32, device=CPU)
+    shift = torch.empty(outputs, dtype=torch.float32, device=CPU) if bias else None
+    module().conv_clip_sum(
+        address(a),
+        address(g),
+        address(factors),
+        len(a),
+        shape,
+        weight.data_ptr(),
+        0 if shift is None else shift.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return ConvSum(weight, shift)
 
 
 def _head(

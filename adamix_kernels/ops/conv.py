@@ -62,7 +62,7 @@ def _per_axis(name: str, value: Any, axes: int, least: int) -> tuple[int, ...]:
     return values
 
 
-def _axes(kernel_size: Any, stride: Any, padding: Any, dilation: Any) -> list[_Axis]:
+def conv_axes(kernel_size: Any, stride: Any, padding: Any, dilation: Any) -> list[_Axis]:
     if not isinstance(kernel_size, tuple | list) or not 1 <= len(kernel_size) <= 3:
         raise ValueError(f"kernel_size is {kernel_size!r}; pass a tuple of 1 to 3 ints, one per spatial axis")
     count = len(kernel_size)
@@ -94,7 +94,7 @@ def _check(
     **_: Any,
 ) -> None:
     check_flags(bias)
-    axes = _axes(kernel_size, stride, padding, dilation)
+    axes = conv_axes(kernel_size, stride, padding, dilation)
     shape, outputs = list(activations.shape), backprops.shape[1]
     if len(shape) != 2 + len(axes):
         raise ValueError(
@@ -155,7 +155,7 @@ def _grads(
     samples, outputs = backprops.shape[:2]
     shape = (outputs, activations.shape[1] // groups, *kernel_size)
     weight = torch.zeros(samples, *shape, dtype=torch.float64)
-    x = _padded(activations, _axes(kernel_size, stride, padding, dilation))
+    x = _padded(activations, conv_axes(kernel_size, stride, padding, dilation))
     for b in range(samples):
         with torch.enable_grad():
             w = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
@@ -185,6 +185,7 @@ def _cases(**extra: Callable[[Generator, int], Any]) -> list[Case]:
         case("2-d, same, even kernel", (2, 5, 7), (3, 5, 7), (2, 4), padding="same", bias=True),
         case("2-d, same, dilation", (2, 6, 7), (3, 6, 7), (3, 2), padding="same", dilation=(2, 3)),
         case("2-d, dilation, unequal", (2, 9, 8), (4, 5, 4), (3, 2), dilation=(2, 1), padding="valid", stride=(1, 2)),
+        case("2-d, larger than blocks", (20, 13, 12), (98, 13, 12), (3, 3), padding="same", bias=True),
         case("2-d, one window", (6, 3, 3), (8, 1, 1), (3, 3), bias=True),
         case("3-d", (2, 4, 5, 3), (4, 3, 3, 2), (2, 3, 2), groups=2),
         case("3-d, padding, stride", (2, 4, 4, 4), (3, 2, 2, 3), (3, 3, 2), stride=(2, 2, 2), padding=(1, 1, 1)),
@@ -238,7 +239,7 @@ def conv_norm_sq(
     Returns:
         `[B]` float32, never below the exact value nor 1.2e-38, Inf where it is not finite; guarded as `linear_norm_sq`.
     """
-    axes = _axes(kernel_size, stride, padding, dilation)
+    axes = conv_axes(kernel_size, stride, padding, dilation)
     parts = [
         factored_norm_sq(_windows(activations[b], axes, groups), _grouped(backprops[b], groups), bias)
         for b in blocks(activations.shape[0], _unit(activations, backprops, kernel_size))
@@ -277,7 +278,7 @@ def conv_clip_sum(
     Returns:
         `ConvSum(weight, bias)` float32, float64 if activations or backprops are.
     """
-    axes = _axes(kernel_size, stride, padding, dilation)
+    axes = conv_axes(kernel_size, stride, padding, dilation)
     parts = [
         factored_sum(_windows(activations[b], axes, groups), _grouped(backprops[b], groups), coef[b], bias)
         for b in blocks(activations.shape[0], _unit(activations, backprops, kernel_size))

@@ -74,6 +74,8 @@ def _cases(**extra: Callable[[Generator, int], Any]) -> list[Case]:
         shape("two position axes", 3, (4, 5), 6, 7),
         shape("many positions", 3, (70,), 3, 2),
         shape("one feature", 4, (6,), 1, 1),
+        shape("larger than blocks", 2, (131,), 70, 101),
+        shape("long rows", 2, (3,), 1601, 5),
     ]
 
 

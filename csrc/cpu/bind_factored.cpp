@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "bind.h"
+#include "conv.h"
 #include "factored.h"
 #include "head.h"
 
@@ -49,6 +50,44 @@ void linear_clip_sum(Address activations, Address backprops, Address coef, int64
   if (bias != 0) bias_sum(factors, scales, reinterpret_cast<float*>(bias), source, outputs * inputs, threads);
 }
 
+// Channels in and out and groups; then per axis sizes in and out, kernel, stride, padding before, dilation.
+using ConvArgs = std::tuple<int64_t, int64_t, int64_t, ConvShape::Axes, ConvShape::Axes, ConvShape::Axes, ConvShape::Axes,
+                            ConvShape::Axes, ConvShape::Axes>;
+
+ConvShape shape_of(const ConvArgs& args) {
+  return std::apply([](const auto&... arg) { return ConvShape{arg...}; }, args);
+}
+
+void conv_norm_sq(Address activations, Address backprops, int64_t samples, const ConvArgs& args, bool bias, bool gram,
+                  uintptr_t out, int threads) {
+  const ConvShape shape = shape_of(args);
+  const Groups all{0, shape.groups};
+  const Windows a(reinterpret_cast<const void*>(activations.first), activations.second, shape, all);
+  const Channels g(reinterpret_cast<const void*>(backprops.first), backprops.second, shape, all);
+  const std::vector<double> parts =
+      factored_norm_sq({a, g, samples * shape.groups, shape.positions()}, bias, gram, threads);
+  std::vector<double> norms(samples);
+  for (size_t k = 0; k < parts.size(); ++k) norms[k / shape.groups] += parts[k];
+  round_up(norms, shape.outputs * (shape.window() + 1) + 4 * shape.positions() + 64, reinterpret_cast<float*>(out));
+}
+
+void conv_clip_sum(Address activations, Address backprops, Address coef, int64_t samples, const ConvArgs& args,
+                   uintptr_t weight, uintptr_t bias, int threads) {
+  const ConvShape shape = shape_of(args);
+  const std::vector<double> scales = widened(reinterpret_cast<const void*>(coef.first), coef.second, samples);
+  const int64_t outputs = shape.outputs / shape.groups;
+  for (int64_t group = 0; group < shape.groups; ++group) {
+    const Groups one{group, 1};
+    const Windows a(reinterpret_cast<const void*>(activations.first), activations.second, shape, one);
+    const Channels g(reinterpret_cast<const void*>(backprops.first), backprops.second, shape, one);
+    const Factors factors{a, g, samples, shape.positions()};
+    factored_sum(factors, scales, reinterpret_cast<float*>(weight) + group * outputs * shape.window(), nullptr, 0,
+                 threads);
+    if (bias != 0)
+      bias_sum(factors, scales, reinterpret_cast<float*>(bias) + group * outputs, nullptr, 0, threads);
+  }
+}
+
 const float* floats(uintptr_t data) { return reinterpret_cast<const float*>(data); }
 
 Head head_of(Address features, uintptr_t labels, uintptr_t weight, uintptr_t bias, int64_t rows, int64_t inputs,
@@ -78,6 +117,8 @@ void softmax_head_coordinates(Address features, uintptr_t labels, uintptr_t weig
 void bind_factored(py::module_& m) {
   m.def("linear_norm_sq", &linear_norm_sq, py::call_guard<py::gil_scoped_release>());
   m.def("linear_clip_sum", &linear_clip_sum, py::call_guard<py::gil_scoped_release>());
+  m.def("conv_norm_sq", &conv_norm_sq, py::call_guard<py::gil_scoped_release>());
+  m.def("conv_clip_sum", &conv_clip_sum, py::call_guard<py::gil_scoped_release>());
   m.def("softmax_head", &softmax_head, py::call_guard<py::gil_scoped_release>());
   m.def("softmax_head_coordinates", &softmax_head_coordinates, py::call_guard<py::gil_scoped_release>());
 }

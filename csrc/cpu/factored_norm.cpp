@@ -17,7 +17,8 @@ constexpr double kUnit = 0x1p-24;       // relative error of one rounding to flo
 constexpr double kSmall = 0x1p-126;     // what underflow may lose of a product, where denormals are flushed
 constexpr int64_t kTallBlock = 96;      // outputs of a task of `direct`
 constexpr int64_t kGramT = 48;          // positions of a task of `gram` ..
-constexpr int64_t kGramS = 96;          // .. and how many it meets at a time
+constexpr int64_t kGramS = 96;          // .. and how many it meets at a time ..
+constexpr int64_t kStride = kGramS + kDotSpill;  // .. in rows of so many numbers
 // Relative error of a dot of float32 rows: of kDotDepth numbers at most, by `dot`, the products rounded too. Two more
 // for second-order terms and the roundings of the norms it is relative to.
 double dot_error(int64_t columns) { return (std::min(columns, kDotDepth) / kLanes + 8) * kUnit; }
@@ -112,12 +113,12 @@ double direct_task(const Factors& f, bool bias, int64_t sample, int64_t outer, W
   return sum;
 }
 
-// out[t][s] = dot of rows t0 + t and s0 + s of a sample, in rows of kGramS; only where s is not above t.
+// out[t][s] = dot of rows t0 + t and s0 + s of a sample, in rows of kStride; only where s is not above t.
 void dots(const Source& source, float scale, int64_t sample, int64_t t0, int64_t nt, int64_t s0, int64_t ns,
           Workspace& work, std::vector<double>& out) {
   const auto kernel = dot();
-  out.resize(kGramT * kGramS);
-  work.block.resize(kGramT * kGramS + kDotSpill);
+  out.resize(kGramT * kStride);
+  work.block.resize(kGramT * kStride);
   for (int64_t first = 0; first < source.columns; first += kDotDepth) {
     const int64_t columns = std::min(kDotDepth, source.columns - first), depth = round_to(columns, kLanes);
     work.rows_t.find(source, scale, sample, t0, nt, first, columns, kDotX);
@@ -125,11 +126,11 @@ void dots(const Source& source, float scale, int64_t sample, int64_t t0, int64_t
     for (int64_t s = 0; s < ns; s += kDotY)
       for (int64_t t = std::max<int64_t>(0, (s0 + s - t0) / kDotX * kDotX); t < nt; t += kDotX)
         // What is lost to the right is of other s: written later, or never read.
-        kernel(work.rows_t.at(t), work.rows_s.at(s), depth, work.block.data() + t * kGramS + s, kGramS);
+        kernel(work.rows_t.at(t), work.rows_s.at(s), depth, work.block.data() + t * kStride + s, kStride);
     for (int64_t t = 0; t < nt; ++t) {
       const int64_t n = std::min(ns, t0 + t - s0 + 1);
-      if (n > 0 && first == 0) std::fill_n(out.data() + t * kGramS, n, 0.0);
-      if (n > 0) add_to(out.data() + t * kGramS, work.block.data() + t * kGramS, n);
+      if (n > 0 && first == 0) std::fill_n(out.data() + t * kStride, n, 0.0);
+      if (n > 0) add_to(out.data() + t * kStride, work.block.data() + t * kStride, n);
     }
   }
 }
@@ -186,7 +187,7 @@ Sums gram_task(const Factors& f, bool bias, Scale scale, int64_t sample, int64_t
     dots(f.activations, scale.a, sample, t0, nt, s0, ns, work, work.x);
     dots(f.backprops, scale.g, sample, t0, nt, s0, ns, work, work.y);
     for (int64_t t = t0; t < t0 + nt; ++t) {
-      const double *x = work.x.data() + (t - t0) * kGramS, *y = work.y.data() + (t - t0) * kGramS;
+      const double *x = work.x.data() + (t - t0) * kStride, *y = work.y.data() + (t - t0) * kStride;
       const int64_t below = std::min(ns, t - s0);  // s < t, which count twice; then t itself
       Sums twice, once;
       if (below > 0) kernel(x, y, a + s0, g + s0, below, one, twice);

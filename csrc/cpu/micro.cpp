@@ -117,8 +117,6 @@ ADAMIX_AVX2 ADAMIX_FUSED void dot_avx2(const float* const* x, const float* const
 }
 
 #ifdef ADAMIX_X86
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // false, of the intrinsics' own undefined operands
 // The halves of x's groups of 2 kHalf lanes added to one another, then those of y's.
 template <int kHalf>
 ADAMIX_AVX512 inline __m512 fold(__m512 x, __m512 y) {
@@ -146,11 +144,10 @@ ADAMIX_AVX512 ADAMIX_FUSED void dot_avx512(const float* const* x, const float* c
 #pragma GCC unroll 2
   for (int i = 0; i < 4; i += 2) {
     const __m512 two = fold<1>(rows[i], rows[i + 1]);
-    _mm256_storeu_ps(out + i * stride, _mm512_castps512_ps256(two));
-    _mm256_storeu_ps(out + (i + 1) * stride, _mm512_extractf32x8_ps(two, 1));
+    _mm512_mask_storeu_ps(out + i * stride, 0x00FF, two);
+    _mm512_mask_storeu_ps(out + (i + 1) * stride - 8, 0xFF00, two);
   }
 }
-#pragma GCC diagnostic pop
 #else
 constexpr auto dot_avx512 = dot_portable;
 #endif

@@ -60,6 +60,19 @@ ToFloat to_float_of(DType dtype) {
   });
 }
 
+double Source::square(int64_t sample, int64_t position) const {
+  constexpr int64_t kPiece = 512;
+  const auto sum_sq = sum_sq_of(DType::kFloat32);
+  float piece[kPiece];
+  double sum = 0;
+  for (int64_t first = 0; first < columns; first += kPiece) {
+    const int64_t n = std::min(kPiece, columns - first);
+    read(sample, position, 1, first, n, piece, n);
+    sum += sum_sq(piece, n);
+  }
+  return sum;
+}
+
 void add_to(double* x, const float* y, int64_t n) { pick(add_portable, add_avx2, add_avx512)(x, y, n); }
 
 double square_sum(const double* x, int64_t n) { return sum_sq_of(DType::kFloat64)(x, n); }

@@ -21,7 +21,7 @@ class Source {
   // Where a position's columns lie as float32 in memory, with the next position `stride` on; null if they do not.
   virtual const float* in_place(int64_t, int64_t, int64_t, int64_t&) const { return nullptr; }
   // The squared norm of a position's row.
-  virtual double square(int64_t sample, int64_t position) const = 0;
+  virtual double square(int64_t sample, int64_t position) const;
 
   const int64_t columns;
 };

@@ -15,12 +15,15 @@ from torch.func import grad, vmap
 from torch.nn import functional
 
 from adamix_kernels.ops import _factored
+from adamix_kernels.ops._factored import sum_error
+from adamix_kernels.ops._numerics import round_up
 from adamix_kernels.ops.clip import clip_coef
 from adamix_kernels.ops.conv import conv_clip_sum, conv_norm_sq
 from adamix_kernels.ops.embedding import embedding_clip_sum, embedding_norm_sq
 from adamix_kernels.ops.linear import linear_clip_sum, linear_norm_sq
 from adamix_kernels.ops.noise import Noise
 from adamix_kernels.ops.scale_shift import scale_shift_clip_sum, scale_shift_norm_sq
+from adamix_kernels.spec import FLOAT_DTYPES, use_backend
 
 OPS = [
     linear_norm_sq,
@@ -196,8 +199,15 @@ def worst_contribution(norm_sq: Tensor, clipped: Callable[[Tensor], Any]) -> flo
     return max(flat_norm(clipped(clip_coef(norm_sq, c))) / c for c in thresholds)
 
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-SHAPES = [(2, 1, 1), (6, 3, 5), (16, 20, 9), (64, 8, 8), (4, 40, 30)]
+def on_backends(op: Any) -> Any:
+    """Each backend for CPU tensors, with each dtype it takes."""
+    dtypes = {"torch": FLOAT_DTYPES, **{name: entry.dtypes for name, entry in op.backends.items()}}
+    pairs = [(name, dtype) for name in ("torch", "cpp") if op.why_not(name) is None for dtype in dtypes[name]]
+    ids = [f"{name}-{str(dtype).removeprefix('torch.')}" for name, dtype in pairs]
+    return pytest.mark.parametrize(("backend", "dtype"), pairs, ids=ids)
+
+
+SHAPES = [(2, 1, 1), (6, 3, 5), (16, 20, 9), (64, 8, 8), (4, 40, 30), (130, 4, 3)]
 
 
 def samples(dtype: torch.dtype, shapes: list[tuple[int, int, int]] = SHAPES) -> Iterator[tuple[Tensor, Tensor]]:
@@ -209,43 +219,50 @@ def samples(dtype: torch.dtype, shapes: list[tuple[int, int, int]] = SHAPES) -> 
                 yield a, g
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@on_backends(linear_norm_sq)
 @pytest.mark.parametrize("method", ["gram", "direct"])
 @pytest.mark.parametrize("bias", [False, True])
-def test_linear_contribution_is_bounded(method: str, bias: bool, dtype: torch.dtype) -> None:
+def test_linear_contribution_is_bounded(method: str, bias: bool, backend: str, dtype: torch.dtype) -> None:
     count = 0
     for a, g in samples(dtype):
-        norm_sq = linear_norm_sq(a, g, bias, method)
-        assert worst_contribution(norm_sq, lambda coef, a=a, g=g: linear_clip_sum(a, g, coef, bias)) <= BOUND
+        with use_backend(backend):
+            norm_sq = linear_norm_sq(a, g, bias, method)
+            assert worst_contribution(norm_sq, lambda coef, a=a, g=g: linear_clip_sum(a, g, coef, bias)) <= BOUND
+        for other in {"torch", "cpp"} - {backend} if dtype == torch.float32 else ():
+            with use_backend(other):
+                assert worst_contribution(norm_sq, lambda coef, a=a, g=g: linear_clip_sum(a, g, coef, bias)) <= BOUND
         count += 1
     assert count > 60
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_embedding_contribution_is_bounded(dtype: torch.dtype) -> None:
+@on_backends(embedding_norm_sq)
+def test_embedding_contribution_is_bounded(backend: str, dtype: torch.dtype) -> None:
     for trial, (_, g) in enumerate(samples(dtype)):
         ids = torch.randint(1 + trial % 4, g.shape[:2], generator=generator(trial))
-        norm_sq = embedding_norm_sq(ids, g)
-        assert worst_contribution(norm_sq, lambda coef, ids=ids, g=g: embedding_clip_sum(ids, g, coef, 4)) <= BOUND
+        with use_backend(backend):
+            norm_sq = embedding_norm_sq(ids, g)
+            assert worst_contribution(norm_sq, lambda coef, ids=ids, g=g: embedding_clip_sum(ids, g, coef, 4)) <= BOUND
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_scale_shift_contribution_is_bounded(dtype: torch.dtype) -> None:
+@on_backends(scale_shift_norm_sq)
+def test_scale_shift_contribution_is_bounded(backend: str, dtype: torch.dtype) -> None:
     for a, g in samples(dtype, [(2, 1, 1), (6, 5, 5), (64, 20, 20)]):
-        norm_sq = scale_shift_norm_sq(a, g)
-        assert worst_contribution(norm_sq, lambda coef, a=a, g=g: scale_shift_clip_sum(a, g, coef)) <= BOUND
+        with use_backend(backend):
+            norm_sq = scale_shift_norm_sq(a, g)
+            assert worst_contribution(norm_sq, lambda coef, a=a, g=g: scale_shift_clip_sum(a, g, coef)) <= BOUND
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_conv_contribution_is_bounded(dtype: torch.dtype) -> None:
+@on_backends(conv_norm_sq)
+def test_conv_contribution_is_bounded(backend: str, dtype: torch.dtype) -> None:
     for factors in samples(dtype, [(6, 2, 4), (64, 4, 6)]):  # a kernel of size 1 sees the factors as they are
         a, g = (x.mT for x in factors)
-        norm_sq = conv_norm_sq(a, g, (1,), groups=2, bias=True)
 
         def clipped(coef: Tensor, a: Tensor = a, g: Tensor = g) -> Any:
             return conv_clip_sum(a, g, coef, (1,), groups=2, bias=True)
 
-        assert worst_contribution(norm_sq, clipped) <= BOUND
+        with use_backend(backend):
+            norm_sq = conv_norm_sq(a, g, (1,), groups=2, bias=True)
+            assert worst_contribution(norm_sq, clipped) <= BOUND
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -261,6 +278,42 @@ def test_bound_fails_without_the_guard(method: str, dtype: torch.dtype) -> None:
     assert worst > (2 if method == "gram" else 1.01)
 
 
+def test_sum_in_float32_needs_its_own_room() -> None:
+    """With the exact norm instead of n + e, a cancelling sample gets through the float32 sum."""
+    worst = 0.0
+    for a, g in samples(torch.float32):
+        norm_sq = (g.double().mT @ a.double()).square().sum((1, 2)) * (1 + 1e-12)
+        clipped = lambda coef, a=a, g=g: linear_clip_sum(a, g, coef)  # noqa: E731
+        with use_backend("cpp"):
+            worst = max(worst, worst_contribution(round_up(norm_sq, 1), clipped))
+    assert worst > 1.01
+
+
+def test_gram_norm_in_float32_needs_its_own_room() -> None:
+    """With room for the sum alone, a norm from float32 dots lets a cancelling sample through."""
+    worst = 0.0
+    for a, g in samples(torch.float32):
+        n = ((a @ a.mT).double() * (g @ g.mT).double()).sum((1, 2)).clamp(min=0).sqrt()
+        room = sum_error((a.double().norm(dim=2) * g.double().norm(dim=2)).sum(1), a.shape[1], torch.float32)
+        clipped = lambda coef, a=a, g=g: linear_clip_sum(a, g, coef)  # noqa: E731
+        with use_backend("cpp"):
+            worst = max(worst, worst_contribution(round_up((n + room).square(), 1), clipped))
+    assert worst > 1.01
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+@pytest.mark.parametrize("method", ["gram", "direct"])
+@pytest.mark.parametrize(("positions", "inner", "outer"), [(1, 64, 32), (16, 512, 512), (300, 96, 128), (2000, 24, 40)])
+def test_norms_of_ordinary_samples_are_hardly_raised(
+    backend: str, method: str, positions: int, inner: int, outer: int
+) -> None:
+    a, g = randn(1, 8, positions, inner).float(), randn(2, 8, positions, outer).float()
+    exact = (g.double().mT @ a.double()).square().sum((1, 2))
+    with use_backend(backend):
+        raised = (linear_norm_sq(a, g, False, method).double() / exact).sqrt() - 1
+    assert float(raised.min()) >= 0 and float(raised.mean()) < 1e-3
+
+
 def exact_norm_sq(entries: dict[Any, list[tuple[float, float]]]) -> Fraction:
     """Of a gradient whose every entry is a sum of products."""
     return sum(
@@ -268,15 +321,17 @@ def exact_norm_sq(entries: dict[Any, list[tuple[float, float]]]) -> Fraction:
     )
 
 
-def test_norms_are_never_below_the_exact_value() -> None:
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+def test_norms_are_never_below_the_exact_value(backend: str) -> None:
     """In rational arithmetic, where float64 itself would be in doubt: positions that cancel but for a little."""
     for a, g in samples(torch.float32, [(2, 1, 1), (6, 2, 2), (16, 3, 3)]):
         x, y = a[0].double().tolist(), g[0].double().tolist()
         steps, outer, inner = range(len(x)), range(g.shape[2]), range(a.shape[2])
         weight = {(o, i): [(y[t][o], x[t][i]) for t in steps] for o in outer for i in inner}
         bias = {o: [(y[t][o], 1.0) for t in steps] for o in outer}
-        norms = [linear_norm_sq(a, g, True, method) for method in ("gram", "direct")]
-        norms.append(conv_norm_sq(a.mT, g.mT, (1,), bias=True))
+        with use_backend(backend):
+            norms = [linear_norm_sq(a, g, True, method) for method in ("gram", "direct")]
+            norms.append(conv_norm_sq(a.mT, g.mT, (1,), bias=True))
         for norm_sq in norms:
             assert float(norm_sq) == math.inf or Fraction(float(norm_sq)) >= exact_norm_sq({**weight, **bias})
         norm_sq = scale_shift_norm_sq(a, g, bias=False)
