@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,7 +30,13 @@ def draw(noise: Noise | None, std: float) -> tuple[list[int], int, float] | None
     return (noise._key, noise.next_draw(), std) if noise is not None and std else None
 
 
-register = functools.partial(dict, device="cpu", dtypes=DTYPES, unavailable=unavailable)
+def register(op: Any, *tensors: str) -> Callable[[Any], Any]:
+    """Attach an implementation of `op` for plain CPU tensors, which are the arguments `tensors`."""
+
+    def refuses(**call: Any) -> str | None:
+        return none_behind([call[name] for name in tensors], "cpu")
+
+    return op.register("cpp", device="cpu", dtypes=DTYPES, unavailable=unavailable, refuses=refuses)
 
 
 def _layer(activations: Tensor, backprops: Tensor) -> tuple[Tensor, Tensor, tuple[int, int, int, int]]:
@@ -44,9 +50,7 @@ def by_gram(positions: int, inputs: int, outputs: int) -> bool:
     return positions * (inputs + outputs) < 2 * inputs * outputs
 
 
-@linear_norm_sq.register(
-    "cpp", **register(refuses=lambda activations, backprops, **_: none_behind([activations, backprops], "cpu"))
-)
+@register(linear_norm_sq, "activations", "backprops")
 def _linear_norm_sq(activations: Tensor, backprops: Tensor, bias: bool, method: str) -> Tensor:
     a, g, sizes = _layer(activations, backprops)
     gram = by_gram(*sizes[1:]) if method == "auto" else method == "gram"
@@ -55,14 +59,14 @@ def _linear_norm_sq(activations: Tensor, backprops: Tensor, bias: bool, method: 
     return out
 
 
-@linear_clip_sum.register(
-    "cpp",
-    **register(
-        refuses=lambda activations, backprops, coef, std, **_: none_behind([activations, backprops, coef, std], "cpu")
-    ),
-)
+@register(linear_clip_sum, "activations", "backprops", "coef", "std")
 def _linear_clip_sum(
-    activations: Tensor, backprops: Tensor, coef: Tensor, bias: bool, noise: Noise | None, std: float | Tensor
+    activations: Tensor,
+    backprops: Tensor,
+    coef: Tensor,
+    bias: bool,
+    noise: Noise | None,
+    std: float | Tensor,
 ) -> LinearSum:
     a, g, sizes = _layer(activations, backprops)
     factors, (inputs, outputs) = plain(coef), sizes[2:]
@@ -96,9 +100,7 @@ def _conv(
     return shape, math.prod(outs), inputs // groups * math.prod(kernel)
 
 
-@conv_norm_sq.register(
-    "cpp", **register(refuses=lambda activations, backprops, **_: none_behind([activations, backprops], "cpu"))
-)
+@register(conv_norm_sq, "activations", "backprops")
 def _conv_norm_sq(activations: Tensor, backprops: Tensor, *, groups: int, bias: bool, **settings: Any) -> Tensor:
     a, g = plain(activations), plain(backprops)
     shape, positions, window = _conv(a, g, groups=groups, **settings)
@@ -108,10 +110,7 @@ def _conv_norm_sq(activations: Tensor, backprops: Tensor, *, groups: int, bias: 
     return out
 
 
-@conv_clip_sum.register(
-    "cpp",
-    **register(refuses=lambda activations, backprops, coef, **_: none_behind([activations, backprops, coef], "cpu")),
-)
+@register(conv_clip_sum, "activations", "backprops", "coef")
 def _conv_clip_sum(
     activations: Tensor, backprops: Tensor, coef: Tensor, *, groups: int, bias: bool, **settings: Any
 ) -> ConvSum:
@@ -143,14 +142,7 @@ def _head(
     return described, [x, y, w, b]
 
 
-@softmax_head_clip_sum_noise.register(
-    "cpp",
-    **register(
-        refuses=lambda features, labels, weight, bias, max_grad_norm, **_: none_behind(
-            [features, labels, weight, bias, max_grad_norm], "cpu"
-        )
-    ),
-)
+@register(softmax_head_clip_sum_noise, "features", "labels", "weight", "bias", "max_grad_norm")
 def _softmax_head_clip_sum_noise(
     features: Tensor,
     labels: Tensor,
@@ -178,14 +170,7 @@ def _softmax_head_clip_sum_noise(
     return HeadSum(sums, shift, norm_sq, torch.tensor(loss, dtype=torch.float32, device=CPU))
 
 
-@softmax_head_coordinates.register(
-    "cpp",
-    **register(
-        refuses=lambda features, labels, weight, basis, bias: none_behind(
-            [features, labels, weight, bias, basis], "cpu"
-        )
-    ),
-)
+@register(softmax_head_coordinates, "features", "labels", "weight", "bias", "basis")
 def _softmax_head_coordinates(
     features: Tensor, labels: Tensor, weight: Tensor, basis: Tensor, bias: Tensor | None
 ) -> Tensor:

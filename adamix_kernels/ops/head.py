@@ -90,7 +90,7 @@ def _cases() -> list[Case]:
         case("nan and inf rows", 6, 8, 3, kind="bad"),
         case("magnitudes", 5, 6, 3, kind="scaled"),
         case("strided", 7, 6, 3, kind="strided"),
-        case("larger than blocks", 150, 801, 103, sigma=0.2),
+        case("larger than blocks", 150, 801, 103),
     ]
 
 

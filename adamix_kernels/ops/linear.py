@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -61,21 +61,35 @@ def _sum_oracle(*, coef: Tensor, noise: Noise | None, std: float | Tensor, **lay
     return weight_and_bias(add_gaussian_noise_.oracle(sums, std, noise) if noise is not None else sums)
 
 
-def _cases(**extra: Callable[[Generator, int], Any]) -> list[Case]:
-    def shape(name: str, size: int, middle: tuple[int, ...], inner: int, outer: int) -> Case:
-        layer = (lambda g, size: randn(g, size, *middle, inner), lambda g, size: randn(g, size, *middle, outer))
-        return layer_case(name, size, layer, extra)
+def _shape(
+    name: str,
+    size: int,
+    middle: tuple[int, ...],
+    inner: int,
+    outer: int,
+    extra: Mapping[str, Callable[[Generator, int], Any]],
+) -> Case:
+    layer = (lambda g, size: randn(g, size, *middle, inner), lambda g, size: randn(g, size, *middle, outer))
+    return layer_case(name, size, layer, extra)
 
+
+def _cases(**extra: Callable[[Generator, int], Any]) -> list[Case]:
     return [
         *layer_cases(lambda g, size: randn(g, size, 3, 11), lambda g, size: randn(g, size, 3, 6), **extra),
-        shape("no position axis", 8, (), 33, 10),
-        shape("one position", 5, (1,), 4, 3),
-        shape("no positions", 3, (0,), 4, 3),
-        shape("two position axes", 3, (4, 5), 6, 7),
-        shape("many positions", 3, (70,), 3, 2),
-        shape("one feature", 4, (6,), 1, 1),
-        shape("larger than blocks", 2, (131,), 70, 101),
-        shape("long rows", 2, (3,), 1601, 5),
+        _shape("no position axis", 8, (), 33, 10, extra),
+        _shape("one position", 5, (1,), 4, 3, extra),
+        _shape("no positions", 3, (0,), 4, 3, extra),
+        _shape("two position axes", 3, (4, 5), 6, 7, extra),
+        _shape("many positions", 3, (70,), 3, 2, extra),
+        _shape("one feature", 4, (6,), 1, 1, extra),
+    ]
+
+
+def _large_cases(**extra: Callable[[Generator, int], Any]) -> list[Case]:
+    """Several tiles, chunks and threads in every kernel; the definition of noise is slow for so many numbers."""
+    return [
+        _shape("larger than blocks", 2, (131,), 70, 101, extra),
+        _shape("long rows", 2, (3,), 1601, 5, extra),
     ]
 
 
@@ -83,16 +97,21 @@ def _norm_cases() -> list[Case]:
     return [
         Case(f"{c.name}, {method}{', bias' * bias}", c.build, c.strided)
         for method, bias in [("auto", False), ("gram", True), ("direct", True)]
-        for c in _cases(bias=always(bias), method=always(method))
+        for c in [
+            *_cases(bias=always(bias), method=always(method)),
+            *_large_cases(bias=always(bias), method=always(method)),
+        ]
     ]
 
 
 def _sum_cases() -> list[Case]:
-    def cases(make_noise: Callable[..., Noise | None], std: float, divisor: int) -> list[Case]:
-        return _cases(coef=half_coef, bias=lambda g, size: size % divisor == 0, noise=make_noise, std=always(std))
+    def extra(make_noise: Callable[..., Noise | None], std: float, divisor: int) -> Any:
+        bias = {"bias": lambda g, size: size % divisor == 0}
+        return {"coef": half_coef, **bias, "noise": make_noise, "std": always(std)}
 
-    quiet, noisy = cases(always(None), 0.0, 2), cases(lambda g, size: Noise(seed=size), 0.3, 3)
-    return quiet + [Case(f"{c.name}, noise", c.build, c.strided) for c in noisy]
+    quiet, noisy = extra(always(None), 0.0, 2), extra(lambda g, size: Noise(seed=size), 0.3, 3)
+    named = [Case(f"{c.name}, noise", c.build, c.strided) for c in _cases(**noisy)]
+    return [*_cases(**quiet), *_large_cases(**quiet), *named]
 
 
 def _norm_cost(activations: Tensor, backprops: Tensor, **_: Any) -> Cost:

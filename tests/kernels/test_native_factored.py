@@ -99,6 +99,28 @@ def test_every_instruction_set_agrees_with_the_definition(module: ModuleType, op
         check_case(op, "cpp", case, torch.float32, "cpu")
 
 
+@pytest.mark.parametrize("mode", ["fast", "secure"])
+def test_noise_is_one_draw_whatever_the_regions(mode: str) -> None:
+    a, g, coef = randn(1, 3, 4, 301), randn(2, 3, 4, 205), torch.ones(3)
+    x, labels, weight, bias = randn(3, 9, 301), torch.arange(9), randn(4, 205, 301), randn(5, 205)
+
+    def source() -> Noise:
+        return Noise._with_key(bytes(range(32)), mode)
+
+    with use_backend("cpp"):
+        runs: list[Any] = [
+            (linear_clip_sum(a, g, coef, True), linear_clip_sum(a, g, coef, True, source(), 1e4)),
+            (
+                softmax_head_clip_sum_noise(x, labels, weight, bias, 1e3)[:2],
+                softmax_head_clip_sum_noise(x, labels, weight, bias, 1e3, 10.0, source())[:2],
+            ),
+        ]
+    expected = 1e4 * source().normal(0, 0, 205 * 302)
+    for quiet, noisy in runs:
+        added = torch.cat([(y.double() - x.double()).flatten() for x, y in zip(quiet, noisy, strict=True)])
+        torch.testing.assert_close(added, expected, rtol=1e-6, atol=1e-2)
+
+
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 def test_float64_is_left_to_torch(op: Op[..., Any]) -> None:
     arguments = inputs(op, op.cases()[0], torch.float64, "cpu")
