@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adamix.models import SoftmaxHead, Trainable
 from adamix.rows import Rows
-from adamix_kernels import Noise, add_gaussian_noise_, clip_coef, clip_sum, grad_norm_sq, lift, project
+from adamix_kernels import Noise, add_gaussian_noise_, clip_coef, clip_sum, grad_norm_sq, lift
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,7 @@ def clipped_sums(model: Trainable, rows: Rows, thresholds: Tensor, basis: Tensor
     width = model.size if basis is None else len(basis)
     parts = model.layers if len(thresholds) == len(model.layers) > 1 else [slice(0, width)]
     sums = [torch.zeros(width, dtype=torch.float64, device=rows.x.device)[part] for part in parts]
-    for grads in model.grad_sample(rows):
-        coordinates = grads if basis is None else project(grads, basis)
+    for coordinates in model.grad_sample(rows) if basis is None else model.coordinates(rows, basis):
         for total, part, threshold in zip(sums, parts, thresholds, strict=True):
             own = coordinates[:, part]
             total.add_(clip_sum(own, clip_coef(grad_norm_sq(own), threshold)))

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from adamix.errors import InputError
 from adamix.rows import Rows
 from adamix.storage import one_line
-from adamix_kernels import softmax_head_clip_sum_noise
+from adamix_kernels import project, softmax_head_clip_sum_noise, softmax_head_coordinates
 
 #: Elements of per-sample gradients held at a time.
 _CHUNK_ELEMENTS = 1 << 24
@@ -125,6 +125,10 @@ class Trainable:
                 grads = self._chunk_grad_sample(self._copy(), part)
             yield grads
 
+    def coordinates(self, rows: Rows, basis: Tensor) -> Iterator[Tensor]:
+        """Per-sample gradients in a subspace with orthonormal `basis` `[K, P]`: chunks `[b, K]`, together `[N, K]`."""
+        return (project(grads, basis) for grads in self.grad_sample(rows))
+
     def grad_sum(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         """For public rows: the exact gradient sum `[P]`, squared norms `[layers, N]` and summed loss, in one pass."""
         total = torch.zeros(self.size, dtype=torch.float64, device=rows.x.device)
@@ -200,6 +204,11 @@ class SoftmaxHead(Trainable):
     def grad_sum(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         total, norm_sq, loss = self.clip_sum_noise(rows, max_grad_norm=math.inf)
         return total, norm_sq[None], loss
+
+    def coordinates(self, rows: Rows, basis: Tensor) -> Iterator[Tensor]:
+        """All at once: the gradients are not formed."""
+        with torch.no_grad():
+            yield softmax_head_coordinates(rows.x, rows.y, self.head.weight, basis, self.head.bias)
 
     def logit_gradients(self, rows: Rows) -> Tensor:
         """The features themselves, with a 1 for the bias: norms and Gram matrix are those of the gradients."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from adamix.mechanism import Mechanism, clipped_sums
 from adamix.models import Trainable, trainable
 from adamix.rows import Rows
-from adamix_kernels import Noise, subspace_basis
+from adamix_kernels import Noise, subspace_basis, use_backend
 
 
 def rows(count: int, width: int = 6, classes: int = 3, seed: int = 0) -> Rows:
@@ -148,3 +148,23 @@ def test_head_and_generic_gradients_agree() -> None:
         torch.testing.assert_close(one, other.reshape(one.shape), rtol=1e-4, atol=1e-5)
     tau = torch.tensor([0.7])
     torch.testing.assert_close(quiet().release(fast, data, tau), quiet().release(generic, data, tau))
+
+
+@pytest.mark.parametrize("projected", [False, True])
+@pytest.mark.parametrize("sigma", [0.0, 1.3])
+def test_compiled_and_plain_heads_release_the_same(projected: bool, sigma: float) -> None:
+    def release(backend: str) -> Tensor:
+        with use_backend(backend):
+            model = head()
+            basis = some_basis(model) if projected else None
+            mechanism = Mechanism(sigma, Noise(seed=4))
+            return mechanism.release(model, rows(500), torch.tensor([0.7]), basis)
+
+    torch.testing.assert_close(release("auto"), release("torch"), rtol=1e-5, atol=1e-4)
+
+
+def test_gradients_of_a_head_are_not_formed_for_their_coordinates(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = head()
+    basis = some_basis(model)
+    monkeypatch.setattr(type(model), "grad_sample", None)
+    assert len(clipped_sums(model, rows(20), torch.tensor([1.0]), basis)[0]) == len(basis)
