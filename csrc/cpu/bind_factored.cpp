@@ -51,8 +51,8 @@ void linear_clip_sum(Address activations, Address backprops, Address coef, int64
 }
 
 // Channels in and out and groups; then per axis sizes in and out, kernel, stride, padding before, dilation.
-using ConvArgs = std::tuple<int64_t, int64_t, int64_t, ConvShape::Axes, ConvShape::Axes, ConvShape::Axes, ConvShape::Axes,
-                            ConvShape::Axes, ConvShape::Axes>;
+using ConvArgs = std::tuple<int64_t, int64_t, int64_t, ConvShape::Axes, ConvShape::Axes, ConvShape::Axes,
+                            ConvShape::Axes, ConvShape::Axes, ConvShape::Axes>;
 
 ConvShape shape_of(const ConvArgs& args) {
   return std::apply([](const auto&... arg) { return ConvShape{arg...}; }, args);
@@ -83,8 +83,7 @@ void conv_clip_sum(Address activations, Address backprops, Address coef, int64_t
     const Factors factors{a, g, samples, shape.positions()};
     factored_sum(factors, scales, reinterpret_cast<float*>(weight) + group * outputs * shape.window(), nullptr, 0,
                  threads);
-    if (bias != 0)
-      bias_sum(factors, scales, reinterpret_cast<float*>(bias) + group * outputs, nullptr, 0, threads);
+    if (bias != 0) bias_sum(factors, scales, reinterpret_cast<float*>(bias) + group * outputs, nullptr, 0, threads);
   }
 }
 
@@ -92,8 +91,14 @@ const float* floats(uintptr_t data) { return reinterpret_cast<const float*>(data
 
 Head head_of(Address features, uintptr_t labels, uintptr_t weight, uintptr_t bias, int64_t rows, int64_t inputs,
              int64_t outputs) {
-  return {reinterpret_cast<const void*>(features.first), features.second, reinterpret_cast<const int64_t*>(labels), rows,
-          inputs, outputs, floats(weight), floats(bias)};
+  return {reinterpret_cast<const void*>(features.first),
+          features.second,
+          reinterpret_cast<const int64_t*>(labels),
+          rows,
+          inputs,
+          outputs,
+          floats(weight),
+          floats(bias)};
 }
 
 double softmax_head(Address features, uintptr_t labels, uintptr_t weight, uintptr_t bias, int64_t rows, int64_t inputs,

@@ -27,8 +27,8 @@ void clip_sum(const std::vector<Part>& parts, const std::vector<double>& coef, i
 void clip_sum_noise(const std::vector<Part>& parts, int64_t rows, double threshold, float* norm_sq, const Noise* noise,
                     int threads, int64_t cache);
 
-// Writes `size` sums from element `start` of a part on, with their noise unless null, rounded once. `total` may lie where
-// they go.
+// Writes `size` sums from element `start` of a part on, with their noise unless null, rounded once. `total` may lie
+// where they go.
 void finish(const Part& part, int64_t start, int64_t size, const double* total, const Noise* noise);
 
 }  // namespace adamix

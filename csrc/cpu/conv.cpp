@@ -24,9 +24,9 @@ void Windows::read_as(int64_t sample, int64_t position, int64_t rows, int64_t fi
   const int64_t channels = shape_.inputs / shape_.groups, group = groups_.first + sample % groups_.count;
   const T* data = static_cast<const T*>(data_) +
                   (sample / groups_.count * shape_.inputs + group * channels) * depth * height * width;
-  for (int64_t row = position; row < position + rows; ++row, out += stride) {
-    const ConvShape::Axes at{row / (shape_.out[1] * shape_.out[2]), row / shape_.out[2] % shape_.out[1],
-                             row % shape_.out[2]};
+  ConvShape::Axes at{position / (shape_.out[1] * shape_.out[2]), position / shape_.out[2] % shape_.out[1],
+                     position % shape_.out[2]};
+  for (int64_t row = 0; row < rows; ++row, out += stride) {
     ConvShape::Axes corner;
     bool inside = true;
     for (int axis = 0; axis < 3; ++axis) {
@@ -34,11 +34,15 @@ void Windows::read_as(int64_t sample, int64_t position, int64_t rows, int64_t fi
       const int64_t last = corner[axis] + (shape_.kernel[axis] - 1) * shape_.dilation[axis];
       inside &= corner[axis] >= 0 && last < shape_.size[axis];
     }
+    for (int axis = 2; axis >= 0; --axis) {
+      if (++at[axis] < shape_.out[axis]) break;
+      at[axis] = 0;
+    }
     const int64_t base = (corner[0] * height + corner[1]) * width + corner[2];
     if (inside) {
       const T* window = data + base;
       const int64_t* offsets = offsets_.data() + first;
-      for (int64_t i = 0; i < count; ++i) out[i] = static_cast<float>(widen(window[offsets[i]]));
+      for (int64_t i = 0; i < count; ++i) out[i] = narrow(window[offsets[i]]);
       continue;
     }
     for (int64_t i = 0; i < count; ++i) {
@@ -48,7 +52,7 @@ void Windows::read_as(int64_t sample, int64_t position, int64_t rows, int64_t fi
         const int64_t x = corner[axis] + column.shift[axis];
         there &= x >= 0 && x < shape_.size[axis];
       }
-      out[i] = there ? static_cast<float>(widen(data[base + column.offset])) : 0;
+      out[i] = there ? narrow(data[base + column.offset]) : 0;
     }
   }
 }
@@ -69,7 +73,7 @@ void Channels::read(int64_t sample, int64_t position, int64_t rows, int64_t firs
     using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
     for (int64_t i = 0; i < count; ++i) {
       const T* x = static_cast<const T*>(tensor_.at(channel + i, position));
-      for (int64_t r = 0; r < rows; ++r) out[r * stride + i] = static_cast<float>(widen(x[r]));
+      for (int64_t r = 0; r < rows; ++r) out[r * stride + i] = narrow(x[r]);
     }
   });
 }

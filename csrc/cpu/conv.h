@@ -54,7 +54,9 @@ class Windows final : public Source {
 class Channels final : public Source {
  public:
   Channels(const void* data, DType dtype, const ConvShape& shape, Groups groups)
-      : Source(shape.outputs / shape.groups), tensor_{data, shape.positions(), dtype}, all_(shape.groups),
+      : Source(shape.outputs / shape.groups),
+        tensor_{data, shape.positions(), dtype},
+        all_(shape.groups),
         groups_(groups) {}
   void read(int64_t sample, int64_t position, int64_t rows, int64_t first, int64_t count, float* out,
             int64_t stride) const override;

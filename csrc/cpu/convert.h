@@ -39,6 +39,13 @@ ADAMIX_INLINE double widen(Float16 x) {
   return sign ? -value : value;
 }
 
+// The same as float, for types no wider.
+ADAMIX_INLINE float narrow(float x) { return x; }
+template <class T>
+ADAMIX_INLINE float narrow(T x) {
+  return static_cast<float>(widen(x));
+}
+
 inline int64_t size_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
 
 // Calls `body` with a null pointer of the element type.

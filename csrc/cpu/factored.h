@@ -19,8 +19,8 @@ struct Factors {
 // calls sum_error. By positions with positions (`gram`) or inputs with outputs.
 std::vector<double> factored_norm_sq(const Factors& factors, bool bias, bool gram, int threads);
 
-// Writes [outputs, inputs] float32 sums over samples of coef[b] times the gradient, each with its noise, unless null, of
-// the elements `offset` and on.
+// Writes [outputs, inputs] float32 sums over samples of coef[b] times the gradient, each with its noise, unless null,
+// of the elements `offset` and on.
 void factored_sum(const Factors& factors, const std::vector<double>& coef, float* out, const Noise* noise,
                   uint64_t offset, int threads);
 
@@ -28,7 +28,8 @@ void factored_sum(const Factors& factors, const std::vector<double>& coef, float
 void bias_sum(const Factors& factors, const std::vector<double>& coef, float* out, const Noise* noise, uint64_t offset,
               int threads);
 
-// --- What the sum is made of, for callers that have more to do with a chunk of positions -------------------------------
+// --- What the sum is made of, for callers that have more to do with a chunk of positions
+// -------------------------------
 
 // What each position is multiplied with: activations with a power of 2 that brings them near 1, backprops with the
 // sample's factor and that power's inverse, so that products underflow only if they are too small to count.
@@ -38,7 +39,8 @@ struct Scales {
 
   explicit Scales(int64_t count) : wide(count), tall(count) {}
   Scales(const Source& activations, const std::vector<double>& coef, int64_t positions, int threads);
-  void set(int64_t position, double factor, int exponent);
+  // From its sample's factor and the squared norm of its activations.
+  void set(int64_t position, double factor, double square);
 };
 
 // Sizes of the largest region: its doubles, 196 KiB, lie in the second-level cache.

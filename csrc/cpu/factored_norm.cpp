@@ -13,11 +13,11 @@
 namespace adamix {
 namespace {
 
-constexpr double kUnit = 0x1p-24;       // relative error of one rounding to float32
-constexpr double kSmall = 0x1p-126;     // what underflow may lose of a product, where denormals are flushed
-constexpr int64_t kTallBlock = 96;      // outputs of a task of `direct`
-constexpr int64_t kGramT = 48;          // positions of a task of `gram` ..
-constexpr int64_t kGramS = 96;          // .. and how many it meets at a time ..
+constexpr double kUnit = 0x1p-24;                // relative error of one rounding to float32
+constexpr double kSmall = 0x1p-126;              // what underflow may lose of a product, where denormals are flushed
+constexpr int64_t kTallBlock = 96;               // outputs of a task of `direct`
+constexpr int64_t kGramT = 48;                   // positions of a task of `gram` ..
+constexpr int64_t kGramS = 96;                   // .. and how many it meets at a time ..
 constexpr int64_t kStride = kGramS + kDotSpill;  // .. in rows of so many numbers
 // Relative error of a dot of float32 rows: of kDotDepth numbers at most, by `dot`, the products rounded too. Two more
 // for second-order terms and the roundings of the norms it is relative to.
@@ -28,8 +28,8 @@ struct Scale {
   float a, g;
 };
 
-// Brings the largest of some lengths within 2^-20 .. 2^20 by a power of 2, and raises them, but for zeros, to where what
-// underflows in a dot is less than its error relative to them.
+// Brings the largest of some lengths within 2^-20 .. 2^20 by a power of 2, and raises them, but for zeros, to where
+// what underflows in a dot is less than its error relative to them.
 float scale_of(double* lengths, int64_t count) {
   constexpr double kLeast = 0x1p-46;
   const double most = count > 0 ? *std::max_element(lengths, lengths + count) : 0;
@@ -44,11 +44,18 @@ struct Lengths {
   std::vector<double> a, g, r;
 
   Lengths(const Factors& f, bool bias, int threads) : a(f.samples * f.positions), g(a.size()), r(f.samples) {
-    const int64_t count = a.size(), columns = f.activations.columns + f.backprops.columns;
-#pragma omp parallel for num_threads(threads) schedule(static) if (count * columns > kSerial)
-    for (int64_t k = 0; k < count; ++k) {
-      a[k] = std::sqrt(f.activations.square(k / f.positions, k % f.positions) + bias);
-      g[k] = std::sqrt(f.backprops.square(k / f.positions, k % f.positions));
+    constexpr int64_t kShare = 256;  // positions
+    const int64_t columns = f.activations.columns + f.backprops.columns, shares = (f.positions + kShare - 1) / kShare;
+#pragma omp parallel for num_threads(threads) schedule(static) if (f.samples * f.positions * columns > kSerial)
+    for (int64_t task = 0; task < f.samples * shares; ++task) {
+      const int64_t sample = task / shares, first = task % shares * kShare;
+      const int64_t n = std::min(kShare, f.positions - first), at = sample * f.positions + first;
+      f.activations.squares(sample, first, n, a.data() + at);
+      f.backprops.squares(sample, first, n, g.data() + at);
+      for (int64_t k = at; k < at + n; ++k) {
+        a[k] = std::sqrt(a[k] + bias);
+        g[k] = std::sqrt(g[k]);
+      }
     }
     add_up(f.positions);
   }
@@ -56,8 +63,7 @@ struct Lengths {
   std::vector<Scale> bring_near_one(int64_t positions) {
     std::vector<Scale> scales;
     for (size_t b = 0; b < r.size(); ++b)
-      scales.push_back({scale_of(a.data() + b * positions, positions),
-                        scale_of(g.data() + b * positions, positions)});
+      scales.push_back({scale_of(a.data() + b * positions, positions), scale_of(g.data() + b * positions, positions)});
     add_up(positions);
     return scales;
   }
@@ -65,7 +71,8 @@ struct Lengths {
  private:
   void add_up(int64_t positions) {
     for (size_t b = 0; b < r.size(); ++b)
-      r[b] = std::inner_product(a.data() + b * positions, a.data() + (b + 1) * positions, g.data() + b * positions, 0.0);
+      r[b] =
+          std::inner_product(a.data() + b * positions, a.data() + (b + 1) * positions, g.data() + b * positions, 0.0);
   }
 };
 
@@ -175,8 +182,8 @@ ADAMIX_AVX512 void meet_avx512(const double* x, const double* y, const double* a
 // For the positions t0 and on, sum over them and all s of (a_t.a_s)(g_t.g_s), by symmetry from s <= t; and how far it
 // may be off: computed dots x, y are, by at most p |a_t||a_s| and q |g_t||g_s|, so their product is by at most
 // p |a_t||a_s||y| + q |g_t||g_s||x| + p q |a_t||a_s||g_t||g_s|. The last is left to the caller: it adds up to p q R^2.
-Sums gram_task(const Factors& f, bool bias, Scale scale, int64_t sample, int64_t t0, const double* a,
-               const double* g, Workspace& work) {
+Sums gram_task(const Factors& f, bool bias, Scale scale, int64_t sample, int64_t t0, const double* a, const double* g,
+               Workspace& work) {
   const auto kernel = pick(meet_portable, meet_avx2, meet_avx512);
   const int64_t nt = std::min(kGramT, f.positions - t0);
   const double one = bias ? static_cast<double>(scale.a) * scale.a : 0;
@@ -219,10 +226,9 @@ std::vector<double> factored_norm_sq(const Factors& f, bool bias, bool gram, int
     for (int64_t task = 0; task < static_cast<int64_t>(partial.size()); ++task) {
       const int64_t sample = task / parts, part = parts - 1 - task % parts;  // the largest of `gram` first
       const int64_t from = sample * positions;
-      partial[sample * parts + part] =
-          gram ? gram_task(f, bias, scales[sample], sample, part * kGramT, scaled.a.data() + from, scaled.g.data() + from,
-                           work)
-               : Sums{direct_task(f, bias, sample, part * kTallBlock, work)};
+      partial[sample * parts + part] = gram ? gram_task(f, bias, scales[sample], sample, part * kGramT,
+                                                        scaled.a.data() + from, scaled.g.data() + from, work)
+                                            : Sums{direct_task(f, bias, sample, part * kTallBlock, work)};
     }
   }
   std::vector<double> result(f.samples);
@@ -243,7 +249,8 @@ std::vector<double> factored_norm_sq(const Factors& f, bool bias, bool gram, int
       norm = std::sqrt(above < 0 ? 0 : above) / scales[b].a / scales[b].g;
     } else if (positions > 1) {
       const double entries = std::sqrt(static_cast<double>(outputs) * (inputs + 1));
-      norm = std::sqrt(sum.product) + (std::min(positions, kDepth) + 2) * kUnit * r + (r > 0 ? positions * entries * kSmall : 0);
+      norm = std::sqrt(sum.product) + (std::min(positions, kDepth) + 2) * kUnit * r +
+             (r > 0 ? positions * entries * kSmall : 0);
     }
     result[b] = (norm + room * r) * (norm + room * r);
   }

@@ -13,18 +13,19 @@ namespace adamix {
 
 Scales::Scales(const Source& activations, const std::vector<double>& coef, int64_t positions, int threads)
     : wide(coef.size() * positions), tall(wide.size()) {
-  const int64_t count = wide.size();
-#pragma omp parallel for num_threads(threads) schedule(static) if (count * activations.columns > kSerial)
-  for (int64_t k = 0; k < count; ++k) {
-    const double factor = coef[k / positions];
-    const double square = factor > 0 ? activations.square(k / positions, k % positions) : 0;
-    const int exponent = square > 0 && std::isfinite(square) ? std::ilogb(square) / 2 : 0;
-    set(k, factor, exponent);
+  constexpr int64_t kShare = 256;  // positions
+  const int64_t samples = coef.size(), shares = (positions + kShare - 1) / kShare;
+#pragma omp parallel for num_threads(threads) schedule(static) if (samples * positions * activations.columns > kSerial)
+  for (int64_t task = 0; task < samples * shares; ++task) {
+    const int64_t sample = task / shares, first = task % shares * kShare, n = std::min(kShare, positions - first);
+    double squares[kShare] = {};
+    if (coef[sample] > 0) activations.squares(sample, first, n, squares);
+    for (int64_t t = 0; t < n; ++t) set(sample * positions + first + t, coef[sample], squares[t]);
   }
 }
 
-void Scales::set(int64_t k, double factor, int exponent) {
-  exponent = std::clamp(exponent, -100, 100);
+void Scales::set(int64_t k, double factor, double square) {
+  const int exponent = square > 0 && std::isfinite(square) ? std::clamp(std::ilogb(square) / 2, -100, 100) : 0;
   wide[k] = static_cast<float>(std::ldexp(1.0, -exponent));
   tall[k] = factor > 0 ? std::ldexp(factor, exponent) : 0;
 }

@@ -42,8 +42,8 @@ struct Row {
   double square, loss;
 };
 
-// residual = softmax(logits + bias) - onehot. The label's entry is minus the sum of the others: where it is small, it is
-// exact as they are.
+// residual = softmax(logits + bias) - onehot. The label's entry is minus the sum of the others: where it is small, it
+// is exact as they are.
 ADAMIX_INLINE Row residual_of(const double* logits, const float* bias, int64_t n, int64_t label, float* residual) {
   constexpr int kParts = 16;
   constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
@@ -114,7 +114,8 @@ class Products {
 class Residuals {
  public:
   explicit Residuals(const Head& head)
-      : head_(head), weight_(head.weight, DType::kFloat32, head.outputs, head.inputs),
+      : head_(head),
+        weight_(head.weight, DType::kFloat32, head.outputs, head.inputs),
         logits_(kUnitRows * head.outputs) {}
 
   void run(const Source& features, int64_t first, int64_t rows, const int64_t* labels, float* residual, Row* row) {
@@ -132,10 +133,11 @@ class Residuals {
   std::vector<double> logits_;
 };
 
-// Rows of a block: their residuals and features stay in the last cache, and the sums, which each block reads and writes,
-// are met by enough of them.
+// Rows of a block: their residuals and features stay in the last cache, and the sums, which each block reads and
+// writes, are met by enough of them.
 int64_t block_rows(const Head& head) {
-  const int64_t most = std::min((int64_t{1} << 20) / std::max<int64_t>(head.outputs, 1), (int64_t{1} << 21) / std::max<int64_t>(head.inputs, 1));
+  const int64_t most = std::min((int64_t{1} << 20) / std::max<int64_t>(head.outputs, 1),
+                                (int64_t{1} << 21) / std::max<int64_t>(head.inputs, 1));
   return std::clamp(most / kDepth * kDepth, kDepth, 32 * kDepth);
 }
 
@@ -169,17 +171,14 @@ double head_clip_sum_noise(const Head& head, double threshold, float* weight_sum
         std::vector<double> squares(n), norms(n);
         std::vector<float> bounds(n), coef(n);
         residuals.run(features, first, n, head.labels + start + first, residual.data() + first * outputs, row);
-        for (int64_t r = 0; r < n; ++r) {
-          squares[r] = features.square(first + r, 0);
-          norms[r] = row[r].square * (squares[r] + (head.bias != nullptr));
-        }
+        features.squares(first, 0, n, squares.data());
+        for (int64_t r = 0; r < n; ++r) norms[r] = row[r].square * (squares[r] + (head.bias != nullptr));
         round_up(norms, 2 * (inputs + outputs), bounds.data());
         std::copy_n(bounds.begin(), n, norm_sq + start + first);
         std::copy_n(bounds.begin(), n, norms.begin());
         clip_coef(norms.data(), n, threshold, coef.data());
         for (int64_t r = 0; r < n; ++r) {
-          const bool usual = squares[r] > 0 && std::isfinite(squares[r]);
-          scales.set(first + r, coef[r], usual ? std::ilogb(squares[r]) / 2 : 0);
+          scales.set(first + r, coef[r], squares[r]);
           factors[first + r] = coef[r];
           losses[start + first + r] = coef[r] > 0 ? row[r].loss : 0;
         }

@@ -10,7 +10,7 @@ namespace {
 template <class T>
 ADAMIX_INLINE void to_float(const void* data, int64_t n, float* out) {
   const T* x = static_cast<const T*>(data);
-  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<float>(widen(x[i]));
+  for (int64_t i = 0; i < n; ++i) out[i] = narrow(x[i]);
 }
 template <class T>
 void to_float_portable(const void* x, int64_t n, float* out) {
@@ -60,17 +60,17 @@ ToFloat to_float_of(DType dtype) {
   });
 }
 
-double Source::square(int64_t sample, int64_t position) const {
-  constexpr int64_t kPiece = 512;
+void Source::squares(int64_t sample, int64_t position, int64_t rows, double* out) const {
+  constexpr int64_t kRows = 32, kColumns = 256;
   const auto sum_sq = sum_sq_of(DType::kFloat32);
-  float piece[kPiece];
-  double sum = 0;
-  for (int64_t first = 0; first < columns; first += kPiece) {
-    const int64_t n = std::min(kPiece, columns - first);
-    read(sample, position, 1, first, n, piece, n);
-    sum += sum_sq(piece, n);
-  }
-  return sum;
+  float piece[kRows * kColumns];
+  std::fill_n(out, rows, 0.0);
+  for (int64_t r = 0; r < rows; r += kRows)
+    for (int64_t first = 0; first < columns; first += kColumns) {
+      const int64_t count = std::min(kRows, rows - r), n = std::min(kColumns, columns - first);
+      read(sample, position + r, count, first, n, piece, n);
+      for (int64_t i = 0; i < count; ++i) out[r + i] += sum_sq(piece + i * n, n);
+    }
 }
 
 void add_to(double* x, const float* y, int64_t n) { pick(add_portable, add_avx2, add_avx512)(x, y, n); }
@@ -91,6 +91,7 @@ void read_flat(const Source& source, int64_t positions, int64_t first, int64_t r
 void Panels::pack_tall(const Source& source, int64_t positions, int64_t first, int64_t rows, int64_t column,
                        int64_t count, const double* factors) {
   rows_ = rows;
+  outputs_ = count;
   tall_ = round_to(count, kTall);
   tall_panels_.resize(rows * tall_);
   row_.resize(rows * count);
@@ -106,21 +107,34 @@ void Panels::pack_tall(const Source& source, int64_t positions, int64_t first, i
 
 void Panels::pack_wide(const Source& source, int64_t positions, int64_t first, int64_t rows, int64_t column,
                        int64_t count, const float* factors, const double* kept) {
-  wide_ = round_to(count, kWide);
+  inputs_ = count;
+  narrow_ = outputs_ * count <= kNarrow;
+  const int64_t width = narrow_ ? count : kWide;
+  wide_ = round_to(count, width);
   wide_panels_.resize(rows * wide_);
-  for (int64_t start = 0; start < count; start += kWide) {
-    const int64_t n = std::min<int64_t>(kWide, count - start);
+  for (int64_t start = 0; start < count; start += width) {
+    const int64_t n = std::min(width, count - start);
     float* panel = wide_panels_.data() + start * rows;
-    if (n < kWide) std::fill_n(panel, kWide * rows, 0.0f);
-    read_flat(source, positions, first, rows, column + start, n, panel, kWide);
-    for (int64_t r = 0; r < rows && factors != nullptr; ++r, panel += kWide) {
+    if (n < width) std::fill_n(panel, width * rows, 0.0f);
+    read_flat(source, positions, first, rows, column + start, n, panel, width);
+    for (int64_t r = 0; r < rows && factors != nullptr; ++r, panel += width) {
       if (kept[r] == 0) std::fill_n(panel, n, 0.0f);
-      for (int64_t i = 0; i < kWide; ++i) panel[i] *= factors[r];
+      for (int64_t i = 0; i < n; ++i) panel[i] *= factors[r];
     }
   }
 }
 
+void Panels::add_narrow(double* total, int64_t stride) const {
+  for (int64_t k = 0; k < rows_; ++k)
+    for (int64_t i = 0; i < outputs_; ++i) {
+      const double g = tall_panels_[i / kTall * kTall * rows_ + k * kTall + i % kTall];
+      const float* a = wide_panels_.data() + k * inputs_;
+      for (int64_t j = 0; j < inputs_; ++j) total[i * stride + j] += g * a[j];
+    }
+}
+
 void Panels::add(double* total, int64_t stride) const {
+  if (narrow_) return add_narrow(total, stride);
   const auto product = outer();
   const auto add = pick(add_portable, add_avx2, add_avx512);
   float tile[kTall * kWide];
@@ -132,6 +146,11 @@ void Panels::add(double* total, int64_t stride) const {
 }
 
 double Panels::square() const {
+  if (narrow_) {
+    double product[kNarrow] = {};
+    add_narrow(product, inputs_);
+    return square_sum(product, outputs_ * inputs_);
+  }
   const auto product = outer();
   const auto sum_sq = sum_sq_of(DType::kFloat32);
   float tile[kTall * kWide];

@@ -18,8 +18,8 @@ inline int64_t round_to(int64_t n, int64_t unit) { return (n + unit - 1) / unit 
 void read_flat(const Source& source, int64_t positions, int64_t first, int64_t rows, int64_t column, int64_t count,
                float* out, int64_t stride);
 
-// Outputs outer .. outer + tall by inputs inner .. inner + wide of a gradient. In memory a row has `stride` doubles, and
-// both sizes are rounded up to whole tiles.
+// Outputs outer .. outer + tall by inputs inner .. inner + wide of a gradient. In memory a row has `stride` doubles,
+// and both sizes are rounded up to whole tiles.
 struct Region {
   int64_t outer, tall, inner, wide;
 
@@ -27,13 +27,14 @@ struct Region {
   int64_t size() const { return round_to(tall, kTall) * stride(); }
 };
 
-// Panels of up to kDepth positions of both factors, and their product. A thread has one of its own.
+// Panels of up to kDepth positions of both factors, and their product. A thread has one of its own. Products of at most
+// kNarrow numbers, a depthwise convolution's, would waste the tiles: they are made one by one.
 class Panels {
  public:
   // Packs backprops, each position times its factor unless null. What has factor 0 becomes 0.
   void pack_tall(const Source& source, int64_t positions, int64_t first, int64_t rows, int64_t column, int64_t count,
                  const double* factors);
-  // Packs activations, each position times its factor, a power of 2, unless null; 0 where `kept`, if any, is 0.
+  // Then packs activations, each position times its factor, a power of 2, unless null; 0 where `kept`, if any, is 0.
   void pack_wide(const Source& source, int64_t positions, int64_t first, int64_t rows, int64_t column, int64_t count,
                  const float* factors, const double* kept);
   // Adds the product of what was packed to a region's doubles.
@@ -42,7 +43,11 @@ class Panels {
   double square() const;
 
  private:
-  int64_t rows_ = 0, tall_ = 0, wide_ = 0;
+  static constexpr int64_t kNarrow = 64;
+  void add_narrow(double* total, int64_t stride) const;
+
+  int64_t rows_ = 0, outputs_ = 0, tall_ = 0, inputs_ = 0, wide_ = 0;
+  bool narrow_ = false;
   std::vector<float> tall_panels_, wide_panels_, row_;
 };
 

@@ -20,8 +20,8 @@ class Source {
                     int64_t stride) const = 0;
   // Where a position's columns lie as float32 in memory, with the next position `stride` on; null if they do not.
   virtual const float* in_place(int64_t, int64_t, int64_t, int64_t&) const { return nullptr; }
-  // The squared norm of a position's row.
-  virtual double square(int64_t sample, int64_t position) const;
+  // The squared norms of `rows` positions' rows.
+  virtual void squares(int64_t sample, int64_t position, int64_t rows, double* out) const;
 
   const int64_t columns;
 };
@@ -34,7 +34,10 @@ ToFloat to_float_of(DType dtype);
 class Dense final : public Source {
  public:
   Dense(const void* data, DType dtype, int64_t positions, int64_t columns)
-      : Source(columns), rows_{data, columns, dtype}, positions_(positions), convert_(to_float_of(dtype)),
+      : Source(columns),
+        rows_{data, columns, dtype},
+        positions_(positions),
+        convert_(to_float_of(dtype)),
         sum_sq_(sum_sq_of(dtype)) {}
 
   void read(int64_t sample, int64_t position, int64_t rows, int64_t first, int64_t count, float* out,
@@ -45,7 +48,9 @@ class Dense final : public Source {
     stride = columns;
     return rows_.dtype == DType::kFloat32 ? static_cast<const float*>(at(sample, position, first)) : nullptr;
   }
-  double square(int64_t sample, int64_t position) const override { return sum_sq_(at(sample, position, 0), columns); }
+  void squares(int64_t sample, int64_t position, int64_t rows, double* out) const override {
+    for (int64_t r = 0; r < rows; ++r) out[r] = sum_sq_(at(sample, position + r, 0), columns);
+  }
 
  private:
   const void* at(int64_t sample, int64_t position, int64_t first) const {
