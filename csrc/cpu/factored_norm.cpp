@@ -21,7 +21,7 @@ constexpr int64_t kGramS = 96;                   // .. and how many it meets at 
 constexpr int64_t kStride = kGramS + kDotSpill;  // .. in rows of so many numbers
 // Relative error of a dot of float32 rows: of kDotDepth numbers at most, by `dot`, the products rounded too. Two more
 // for second-order terms and the roundings of the norms it is relative to.
-double dot_error(int64_t columns) { return (std::min(columns, kDotDepth) / kLanes + 8) * kUnit; }
+double dot_error(int64_t columns) { return (std::min(columns, kDotDepth) / dot_chains() + 8) * kUnit; }
 
 // Powers of 2 that the factors of a sample are multiplied with.
 struct Scale {
@@ -142,42 +142,48 @@ void dots(const Source& source, float scale, int64_t sample, int64_t t0, int64_t
   }
 }
 
-// What one row of dots adds to the squared norm, and to its error.
+// What a block of dots adds to the squared norm, and to its error.
 struct Sums {
   double product = 0, x = 0, y = 0;
 };
-ADAMIX_INLINE void meet(const double* x, const double* y, const double* a, const double* g, int64_t n, double one,
-                        Sums& sums) {
+
+// Rows of dots of positions t with s = 0, 1, ..: lengths |a|, |g| of the t and of the s. Row r meets columns up to
+// diagonal + r, which is t itself, each twice but for the last. For the error twice is near enough there.
+struct Meeting {
+  const double *x, *y, *a_t, *g_t, *a_s, *g_s;
+  int64_t rows, columns, diagonal;
+  double one;
+};
+ADAMIX_INLINE Sums meet(const Meeting& m) {
   constexpr int kParts = 16;
-  double product[kParts] = {}, off_x[kParts] = {}, off_y[kParts] = {};
-  const auto take = [&](int64_t i, int p) {
-    const double dot = x[i] + one;
-    product[p] += dot * y[i];
-    off_x[p] += g[i] * std::abs(dot);
-    off_y[p] += a[i] * std::abs(y[i]);
-  };
-  int64_t i = 0;
-  for (; i + kParts <= n; i += kParts)
-    for (int p = 0; p < kParts; ++p) take(i + p, p);
-  for (int p = 0; i < n; ++i, ++p) take(i, p);
-  for (int p = 0; p < kParts; ++p) {
-    sums.product += product[p];
-    sums.x += off_x[p];
-    sums.y += off_y[p];
+  double product[kParts] = {}, off_x[kParts] = {}, off_y[kParts] = {}, once = 0;
+  for (int64_t r = 0; r < m.rows; ++r) {
+    const double *x = m.x + r * kStride, *y = m.y + r * kStride, a_t = m.a_t[r], g_t = m.g_t[r];
+    const int64_t n = std::min(m.columns, m.diagonal + r + 1);
+    const auto take = [&](int64_t i, int p) {
+      const double dot = x[i] + m.one;
+      product[p] += dot * y[i];
+      off_x[p] += g_t * m.g_s[i] * std::abs(dot);
+      off_y[p] += a_t * m.a_s[i] * std::abs(y[i]);
+    };
+    int64_t i = 0;
+    for (; i + kParts <= n; i += kParts)
+      for (int p = 0; p < kParts; ++p) take(i + p, p);
+    for (int p = 0; i < n; ++i, ++p) take(i, p);
+    if (n > 0 && n == m.diagonal + r + 1) once += (x[n - 1] + m.one) * y[n - 1];
   }
+  Sums sums;
+  for (int p = 0; p < kParts; ++p) {
+    sums.product += 2 * product[p];
+    sums.x += 2 * off_x[p];
+    sums.y += 2 * off_y[p];
+  }
+  sums.product -= once;
+  return sums;
 }
-void meet_portable(const double* x, const double* y, const double* a, const double* g, int64_t n, double one,
-                   Sums& sums) {
-  meet(x, y, a, g, n, one, sums);
-}
-ADAMIX_AVX2 void meet_avx2(const double* x, const double* y, const double* a, const double* g, int64_t n, double one,
-                           Sums& sums) {
-  meet(x, y, a, g, n, one, sums);
-}
-ADAMIX_AVX512 void meet_avx512(const double* x, const double* y, const double* a, const double* g, int64_t n,
-                               double one, Sums& sums) {
-  meet(x, y, a, g, n, one, sums);
-}
+Sums meet_portable(const Meeting& m) { return meet(m); }
+ADAMIX_AVX2 Sums meet_avx2(const Meeting& m) { return meet(m); }
+ADAMIX_AVX512 Sums meet_avx512(const Meeting& m) { return meet(m); }
 
 // For the positions t0 and on, sum over them and all s of (a_t.a_s)(g_t.g_s), by symmetry from s <= t; and how far it
 // may be off: computed dots x, y are, by at most p |a_t||a_s| and q |g_t||g_s|, so their product is by at most
@@ -193,16 +199,10 @@ Sums gram_task(const Factors& f, bool bias, Scale scale, int64_t sample, int64_t
     const int64_t ns = std::min(kGramS, t0 + nt - s0);
     dots(f.activations, scale.a, sample, t0, nt, s0, ns, work, work.x);
     dots(f.backprops, scale.g, sample, t0, nt, s0, ns, work, work.y);
-    for (int64_t t = t0; t < t0 + nt; ++t) {
-      const double *x = work.x.data() + (t - t0) * kStride, *y = work.y.data() + (t - t0) * kStride;
-      const int64_t below = std::min(ns, t - s0);  // s < t, which count twice; then t itself
-      Sums twice, once;
-      if (below > 0) kernel(x, y, a + s0, g + s0, below, one, twice);
-      if (below >= 0 && below < ns) kernel(x + below, y + below, a + t, g + t, 1, one, once);
-      total.product += 2 * twice.product + once.product;
-      total.x += q * g[t] * (2 * twice.x + once.x);
-      total.y += p * a[t] * (2 * twice.y + once.y);
-    }
+    const Sums sums = kernel({work.x.data(), work.y.data(), a + t0, g + t0, a + s0, g + s0, nt, ns, t0 - s0, one});
+    total.product += sums.product;
+    total.x += q * sums.x;
+    total.y += p * sums.y;
   }
   return total;
 }

@@ -34,6 +34,11 @@ ADAMIX_INLINE void load(const float* x, Vector<kSize>& out) {
   out = *reinterpret_cast<const typename Vectors<kSize>::Unaligned*>(x);
 }
 
+template <int kSize>
+ADAMIX_INLINE void store(const Vector<kSize>& x, float* out) {
+  *reinterpret_cast<typename Vectors<kSize>::Unaligned*>(out) = x;
+}
+
 // kRows x kVectors accumulators of kSize numbers: as many as the processor has registers for.
 template <int kSize, int kRows, int kVectors>
 ADAMIX_INLINE void outer_part(const float* a, const float* b, int64_t count, float* tile) {
@@ -50,8 +55,7 @@ ADAMIX_INLINE void outer_part(const float* a, const float* b, int64_t count, flo
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v)
-      *reinterpret_cast<typename Vectors<kSize>::Unaligned*>(tile + i * kWide + v * kSize) = sum[i][v];
+    for (int v = 0; v < kVectors; ++v) store<kSize>(sum[i][v], tile + i * kWide + v * kSize);
 }
 
 template <int kSize, int kRows, int kVectors>
@@ -71,49 +75,47 @@ ADAMIX_AVX512 ADAMIX_FUSED void outer_avx512(const float* a, const float* b, int
   outer_all<16, 6, 4>(a, b, count, tile);
 }
 
-// kX x kY sums, each of kLanes chains in kLanes / kSize accumulators.
+// kX x kY sums, each of kSize chains.
 template <int kSize, int kX, int kY>
-ADAMIX_INLINE void dot_part(const float* const* x, const float* const* y, int64_t count,
-                            Vector<kSize> (&sum)[kX][kY][kLanes / kSize]) {
-  for (int64_t k = 0; k < count; k += kLanes)
-#pragma GCC unroll 4
-    for (int v = 0; v < kLanes / kSize; ++v) {
-      Vector<kSize> row[kX];
+ADAMIX_INLINE void dot_part(const float* const* x, const float* const* y, int64_t count, Vector<kSize> (&sum)[kX][kY]) {
+  for (int64_t k = 0; k < count; k += kSize) {
+    Vector<kSize> row[kX];
 #pragma GCC unroll 8
-      for (int i = 0; i < kX; ++i) load<kSize>(x[i] + k + v * kSize, row[i]);
+    for (int i = 0; i < kX; ++i) load<kSize>(x[i] + k, row[i]);
 #pragma GCC unroll 8
-      for (int j = 0; j < kY; ++j) {
-        Vector<kSize> other;
-        load<kSize>(y[j] + k + v * kSize, other);
+    for (int j = 0; j < kY; ++j) {
+      Vector<kSize> other;
+      load<kSize>(y[j] + k, other);
 #pragma GCC unroll 8
-        for (int i = 0; i < kX; ++i) sum[i][j][v] += row[i] * other;
-      }
+      for (int i = 0; i < kX; ++i) sum[i][j] += row[i] * other;
     }
+  }
 }
 
-template <int kSize, int kX, int kY>
+template <int kSize>
 ADAMIX_INLINE void dot_all(const float* const* x, const float* const* y, int64_t count, float* out, int64_t stride) {
-  for (int i = 0; i < kDotX; i += kX)
-    for (int j = 0; j < kDotY; j += kY) {
-      Vector<kSize> sum[kX][kY][kLanes / kSize] = {};
-      dot_part<kSize, kX, kY>(x + i, y + j, count, sum);
-      for (int r = 0; r < kX; ++r)
-        for (int c = 0; c < kY; ++c) {
-          float lanes[kLanes];
-          std::memcpy(lanes, sum[r][c], sizeof lanes);
-          for (int width = kLanes / 2; width > 0; width /= 2)
-            for (int l = 0; l < width; ++l) lanes[l] += lanes[l + width];
-          out[(i + r) * stride + j + c] = lanes[0];
-        }
-    }
+  for (int i = 0; i < kDotX; i += 2) {
+    Vector<kSize> sum[2][kDotY] = {};
+    dot_part<kSize, 2, kDotY>(x + i, y, count, sum);
+#pragma GCC unroll 2
+    for (int r = 0; r < 2; ++r)
+#pragma GCC unroll 8
+      for (int c = 0; c < kDotY; ++c) {
+        float lanes[kSize];
+        store<kSize>(sum[r][c], lanes);
+        for (int width = kSize / 2; width > 0; width /= 2)
+          for (int l = 0; l < width; ++l) lanes[l] += lanes[l + width];
+        out[(i + r) * stride + c] = lanes[0];
+      }
+  }
 }
 
 void dot_portable(const float* const* x, const float* const* y, int64_t count, float* out, int64_t stride) {
-  dot_all<4, 1, 2>(x, y, count, out, stride);
+  dot_all<4>(x, y, count, out, stride);
 }
 ADAMIX_AVX2 ADAMIX_FUSED void dot_avx2(const float* const* x, const float* const* y, int64_t count, float* out,
                                        int64_t stride) {
-  dot_all<8, 2, 3>(x, y, count, out, stride);
+  dot_all<8>(x, y, count, out, stride);
 }
 
 #ifdef ADAMIX_X86
@@ -131,14 +133,14 @@ ADAMIX_AVX512 inline __m512 fold(__m512 x, __m512 y) {
 
 ADAMIX_AVX512 ADAMIX_FUSED void dot_avx512(const float* const* x, const float* const* y, int64_t count, float* out,
                                            int64_t stride) {
-  Vector<16> sum[4][6][1] = {};
+  Vector<16> sum[4][6] = {};
   dot_part<16, 4, 6>(x, y, count, sum);
   // Each step halves the lanes and puts two vectors into one, in the end two rows of 6 sums and 2 zeros into each.
   __m512 rows[4];
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
-    const __m512 s0 = fold<8>(sum[i][0][0], sum[i][1][0]), s1 = fold<8>(sum[i][2][0], sum[i][3][0]),
-                 s2 = fold<8>(sum[i][4][0], sum[i][5][0]);
+    const __m512 s0 = fold<8>(sum[i][0], sum[i][1]), s1 = fold<8>(sum[i][2], sum[i][3]),
+                 s2 = fold<8>(sum[i][4], sum[i][5]);
     rows[i] = fold<2>(fold<4>(s0, s1), fold<4>(s2, _mm512_setzero_ps()));
   }
 #pragma GCC unroll 2
@@ -156,5 +158,6 @@ constexpr auto dot_avx512 = dot_portable;
 
 Outer outer() { return pick(outer_portable, outer_avx2, outer_avx512); }
 Dot dot() { return pick(dot_portable, dot_avx2, dot_avx512); }
+int dot_chains() { return pick(4, 8, 16); }
 
 }  // namespace adamix

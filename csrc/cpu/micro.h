@@ -13,10 +13,11 @@ using Outer = void (*)(const float* a, const float* b, int64_t count, float* til
 Outer outer();
 
 // dot: out[i * stride + j] = sum over k of x[i][k] y[j][k], for kDotX and kDotY rows of `count` numbers, a multiple of
-// kLanes. Each sum is made of kLanes chains, over every kLanes-th k, then added in pairs: (count / kLanes + 4)
-// roundings. What stands in the kDotSpill numbers after each row of `out` may be lost.
+// kLanes. Each sum is made of dot_chains() chains, over every so many-th k, then added in pairs: count / dot_chains() +
+// 4 roundings at most. What stands in the kDotSpill numbers after each row of `out` may be lost.
 constexpr int kDotX = 4, kDotY = 6, kDotSpill = 2, kLanes = 16;
 using Dot = void (*)(const float* const* x, const float* const* y, int64_t count, float* out, int64_t stride);
 Dot dot();
+int dot_chains();
 
 }  // namespace adamix

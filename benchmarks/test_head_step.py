@@ -1,0 +1,95 @@
+"""The private step of a softmax classifier on features beside the ordinary gradient and the peers' private ones.
+
+pytest benchmarks/test_head_step.py --benchmark-enable -s             on the CPU
+pytest benchmarks/test_head_step.py --benchmark-enable -s -m gpu      on a GPU
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from head_peers import autograd, joined, not_private, peers
+from interleaved import medians, show
+from torch import Tensor, nn
+
+import adamix_kernels as kernels
+
+MAX_GRAD_NORM = 10.0
+
+
+def works() -> list[Any]:
+    """Rows, inputs, classes, dtype of the features, whether peers that form per-sample gradients take part, rounds."""
+    cpu = [
+        ("2000 x 1280 -> 10", 2000, 1280, 10, torch.float32, True, 15),
+        ("5000 x 2048 -> 100", 5000, 2048, 100, torch.float32, False, 11),
+        ("50000 x 2048 -> 100", 50_000, 2048, 100, torch.float32, False, 5),
+        ("50000 x 2048 -> 1000", 50_000, 2048, 1000, torch.float32, False, 3),
+        ("5000 x 2048 -> 100, bf16", 5000, 2048, 100, torch.bfloat16, False, 7),
+    ]
+    gpu = [
+        ("5000 x 2048 -> 100", 5000, 2048, 100, torch.float32, True, 15),
+        ("1e6 x 2048 -> 1000, bf16", 1_000_000, 2048, 1000, torch.bfloat16, False, 9),
+    ]
+    params = [pytest.param("cpu", *work, id=f"cpu-{work[0]}") for work in cpu]
+    return params + [pytest.param("cuda", *work, id=f"cuda-{work[0]}", marks=pytest.mark.gpu) for work in gpu]
+
+
+def exact(x: Tensor, y: Tensor, head: nn.Linear, rows: int = 4096) -> Tensor:
+    """The definition, in float64."""
+    total = torch.zeros(head.out_features, head.in_features + 1, dtype=torch.float64, device=x.device)
+    weight, bias = head.weight.detach().double(), head.bias.detach().double()
+    for block, label in zip(x.split(rows), y.split(rows), strict=True):
+        wide = block.double()
+        r = torch.addmm(bias, wide, weight.T).softmax(1)
+        r[torch.arange(len(label), device=x.device), label] -= 1
+        norm = (r.square().sum(1) * (wide.square().sum(1) + 1)).sqrt()
+        r *= (MAX_GRAD_NORM / norm).clamp(max=1.0)[:, None]
+        total += joined(r.T @ wide, r.sum(0))
+    return total
+
+
+@pytest.mark.parametrize(("device", "name", "rows", "inputs", "classes", "dtype", "materialise", "rounds"), works())
+def test_head_step(
+    benchmark: Any,
+    capsys: Any,
+    device: str,
+    name: str,
+    rows: int,
+    inputs: int,
+    classes: int,
+    dtype: torch.dtype,
+    materialise: bool,
+    rounds: int,
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(rows, inputs, device=device).to(dtype)
+    y = torch.randint(classes, (rows,), device=device)
+    head = nn.Linear(inputs, classes, device=device)
+    noise = kernels.Noise(seed=0)
+
+    def ours(noise_multiplier: float) -> Tensor:
+        with torch.no_grad():
+            out = kernels.softmax_head_clip_sum_noise(
+                x, y, head.weight, head.bias, MAX_GRAD_NORM, noise_multiplier, noise
+            )
+        return joined(out.weight, out.bias)
+
+    expected = exact(x, y, head)
+    contenders: dict[str, Any] = {"adamix_kernels": lambda: ours(0.0)}
+    if dtype == torch.float32:  # they would need a bfloat16 head, which rounds its sums
+        contenders.update(peers(x, y, head, MAX_GRAD_NORM, materialise))
+    for contender, run in contenders.items():
+        error = float((run().double() - expected).abs().max() / expected.abs().max())
+        assert error < 1e-4, f"{contender} is off by {error:.3g} of the largest number"
+    wide = x if dtype == torch.float32 else x.float()
+    contenders["not private"] = lambda: not_private(wide, y, head)
+    contenders["not private, autograd"] = lambda: autograd(wide, y, head)
+    contenders["ours with noise"] = lambda: ours(1.0)
+    times = medians(contenders, device, rounds)
+    with capsys.disabled():
+        show(f"{device} head step {name}", times, {"not private": times["not private"]})
+    benchmark.group = f"head step {device}"
+    benchmark.extra_info.update(device=device, work=name, seconds=times, flops=4 * rows * inputs * classes)
+    benchmark.pedantic(contenders["ours with noise"], rounds=1)
