@@ -15,6 +15,11 @@ from interleaved import medians, show
 from torch import Tensor, nn
 
 import adamix_kernels as kernels
+from adamix.config import Config
+from adamix.mechanism import Mechanism
+from adamix.models import trainable
+from adamix.private_phase import private_phase
+from adamix.rows import Rows
 
 MAX_GRAD_NORM = 10.0
 
@@ -93,3 +98,35 @@ def test_head_step(
     benchmark.group = f"head step {device}"
     benchmark.extra_info.update(device=device, work=name, seconds=times, flops=4 * rows * inputs * classes)
     benchmark.pedantic(contenders["ours with noise"], rounds=1)
+
+
+def test_adamix_step(benchmark: Any, capsys: Any) -> None:
+    """The trainer's own full-batch step, threshold and update included, beside an ordinary step on the same rows."""
+    private, public, inputs, classes = 50_000, 1000, 2048, 100
+    torch.manual_seed(0)
+    x = torch.nn.functional.normalize(torch.randn(private + public, inputs), dim=1)
+    y = torch.randint(classes, (private + public,))
+    rows, few = Rows(x[public:], y[public:]), Rows(x[:public], y[:public])
+    model = trainable(nn.Linear(inputs, classes))
+    start = model.weights()
+    settings = Config(epsilon=3.0, expected_batch_size=private, steps=100, geometry=None)
+    mechanism = Mechanism(5.0, kernels.Noise(seed=0))
+    steps = private_phase(model, few, rows, settings, mechanism, start=start, anchor=start)
+    next(steps)  # makes the schedule
+    plain = nn.Linear(inputs, classes)
+
+    def ordinary() -> None:
+        grad = not_private(x, y, plain)
+        with torch.no_grad():
+            plain.weight -= 1e-6 * grad[:, :-1]
+            plain.bias -= 1e-6 * grad[:, -1]
+
+    contenders = {"AdaMix step": lambda: next(steps), "not private": ordinary}
+    times = medians(contenders, "cpu", 5)
+    with capsys.disabled():
+        title = f"full-batch step, {private} private and {public} public rows x {inputs} -> {classes}"
+        show(title, times, {"not private": times["not private"]})
+    assert (model.weights() - start).norm() > 0
+    benchmark.group = "head step cpu"
+    benchmark.extra_info.update(device="cpu", work="AdaMix step", seconds=times)
+    benchmark.pedantic(contenders["AdaMix step"], rounds=1)
