@@ -47,8 +47,8 @@ struct Scales {
 constexpr int64_t kTallest = 96, kWidest = 256;
 std::vector<Region> cut_regions(int64_t outputs, int64_t inputs, int64_t least);
 
-// Adds to a region of the sum what `rows` positions from `first` on contribute, counted over all samples.
-void add_products(const Factors& factors, const Scales& scales, int64_t first, int64_t rows, const Region& region,
+// Adds to a region of the sum what `samples` samples from `first` on contribute.
+void add_products(const Factors& factors, const Scales& scales, int64_t first, int64_t samples, const Region& region,
                   Panels& panels, double* total);
 
 // Writes a region of [outputs, inputs] sums, with their noise.

@@ -1,7 +1,7 @@
 // Weighted sums of gradients in factors: one product of matrices over all samples and positions.
 //
-// A task owns a region of the result and adds chunks of kDepth positions to it in order, in double: the same bits for
-// every thread count. In a chunk the positions of a sample stand together, see `sum_error`.
+// A task owns a region of the result and adds chunks of up to kDepth positions to it in order, in double: the same bits
+// for every thread count. In a chunk the positions of a sample stand together, see `sum_error`.
 
 #include <cmath>
 
@@ -45,15 +45,22 @@ std::vector<Region> cut_regions(int64_t outputs, int64_t inputs, int64_t least) 
   return regions;
 }
 
-void add_products(const Factors& f, const Scales& scales, int64_t first, int64_t rows, const Region& region,
+void add_products(const Factors& f, const Scales& scales, int64_t first, int64_t samples, const Region& region,
                   Panels& panels, double* total) {
-  for (int64_t k = first; k < first + rows; k += kDepth) {
-    const int64_t n = std::min(kDepth, first + rows - k);
-    const double* tall = scales.tall.data() + k;
-    if (std::all_of(tall, tall + n, [](double factor) { return factor == 0; })) continue;
-    panels.pack_tall(f.backprops, f.positions, k, n, region.outer, region.tall, tall);
-    panels.pack_wide(f.activations, f.positions, k, n, region.inner, region.wide, scales.wide.data() + k, tall);
-    panels.add(total, region.stride());
+  // Whole samples to a chunk, or one in even pieces. Were one cut where it meets another, its large terms, which cancel
+  // only later, would stand in that one's rounding.
+  const int64_t pieces = (f.positions + kDepth - 1) / kDepth, together = pieces == 1 ? kDepth / f.positions : 1;
+  const int64_t depth = pieces == 1 ? together * f.positions : (f.positions + pieces - 1) / pieces;
+  for (int64_t sample = first; sample < first + samples; sample += together) {
+    const int64_t from = sample * f.positions, to = std::min(sample + together, first + samples) * f.positions;
+    for (int64_t k = from; k < to; k += depth) {
+      const int64_t n = std::min(depth, to - k);
+      const double* tall = scales.tall.data() + k;
+      if (std::all_of(tall, tall + n, [](double factor) { return factor == 0; })) continue;
+      panels.pack_tall(f.backprops, f.positions, k, n, region.outer, region.tall, tall);
+      panels.pack_wide(f.activations, f.positions, k, n, region.inner, region.wide, scales.wide.data() + k, tall);
+      panels.add(total, region.stride());
+    }
   }
 }
 
@@ -71,8 +78,7 @@ void factored_sum(const Factors& f, const std::vector<double>& coef, float* out,
   const std::vector<Region> regions = cut_regions(outputs, inputs, 4);
   const int64_t count = regions.size();
   // Few regions, many positions: these are split too, in a number of parts that follows from the shapes alone.
-  const int64_t parts = count >= 4 ? 1 : std::clamp<int64_t>(rows / (8 * kDepth), 1, 8);
-  const int64_t share = round_to((rows + parts - 1) / parts, kDepth);
+  const int64_t parts = count >= 4 ? 1 : std::clamp<int64_t>(std::min(rows / (8 * kDepth), f.samples), 1, 8);
   std::vector<std::vector<double>> totals(parts * count);
 #pragma omp parallel num_threads(threads) if (rows * inputs * outputs > kSerial)
   {
@@ -80,9 +86,9 @@ void factored_sum(const Factors& f, const std::vector<double>& coef, float* out,
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < parts * count; ++task) {
       const Region& region = regions[task % count];
-      const int64_t first = std::min(rows, task / count * share);
+      const int64_t first = f.samples * (task / count) / parts, last = f.samples * (task / count + 1) / parts;
       std::vector<double> total(region.size(), 0.0);
-      add_products(f, scales, first, std::min(share, rows - first), region, panels, total.data());
+      if (f.positions > 0) add_products(f, scales, first, last - first, region, panels, total.data());
       if (parts == 1)
         write_region(region, total.data(), inputs, out, noise, offset);
       else

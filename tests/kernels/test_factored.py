@@ -361,6 +361,26 @@ def test_cancelling_sample_does_not_blur_the_others(layer: str) -> None:
     torch.testing.assert_close(run(coef), run(coef - alone) + run(alone), rtol=1e-12, atol=1e-10)
 
 
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+@pytest.mark.parametrize("positions", [2, 3, 5, 50, 129, 200])
+def test_a_cancelling_sample_does_not_swallow_the_others(backend: str, positions: int) -> None:
+    """Its first and last term are opposite and so large that a float32 sum that holds one of them loses what the others
+    add to it: with one of them in a sum of 128, about the threshold."""
+    count = 300 // positions + 4
+    a, g = torch.zeros(1, positions, 9), torch.zeros(1, positions, 8)  # of which one number of the gradient is not 0
+    a[0, :, 0], g[0, 0, 0], g[0, -1, 0] = 1.0, 1e4, -1e4
+    with use_backend(backend):
+        own = clip_coef(linear_norm_sq(a, g), 1.0)
+        lost = 0.4 * 2.0**-23 * 2.0 ** math.floor(math.log2(1e4 * float(own)))  # less than half of its last place
+        others_a, others_g, coef = a.repeat(count, 1, 1), torch.zeros(count, positions, 8), torch.ones(count)
+        others_g[..., 0] = lost
+        without = linear_clip_sum(others_a, others_g, coef).weight.double()
+        for place in range(count + 1):
+            x, y = (torch.cat([t[:place], one, t[place:]]) for t, one in [(others_a, a), (others_g, g)])
+            total = linear_clip_sum(x, y, torch.cat([coef[:place], own, coef[place:]])).weight.double()
+            assert float((total - without).norm()) <= 0.1
+
+
 # --- The rest ---------------------------------------------------------------------------------------------------------
 
 
