@@ -17,6 +17,8 @@ namespace py = pybind11;
 using adamix::DType;
 using adamix::Isa;
 
+void bind_layers(py::module_& m);
+
 namespace {
 
 // Address of the rows, columns, dtype, address of the sum, offset of its noise.
@@ -99,4 +101,5 @@ PYBIND11_MODULE(_cpu, m) {
       },
       py::arg("data"), py::arg("dtype"), py::arg("n"), py::arg("std"), py::arg("key"), py::arg("draw"),
       py::arg("offset"), py::arg("threads"));
+  bind_layers(m);
 }
