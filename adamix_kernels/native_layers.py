@@ -46,27 +46,33 @@ def _embedding_clip_sum(
     return out
 
 
-def _of_one_type(activations: Tensor, backprops: Tensor) -> tuple[Tensor, Tensor]:
-    """Both as the narrowest type that holds either's values."""
+def _layer(activations: Tensor, backprops: Tensor) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
+    """Both as the narrowest type that holds the values of either, and what a kernel is told of them.
+
+    Channels may lie before the positions, as they do where a convolution's output is normalised.
+    """
     dtype = torch.promote_types(activations.dtype, backprops.dtype)
-    return plain(activations.to(dtype)), plain(backprops.to(dtype))
+    a, g, sizes = activations.to(dtype), backprops.to(dtype), _sizes(backprops)
+    first = a.dim() > 2 and not a.is_contiguous() and a.movedim(-1, 1).is_contiguous()
+    a, g = (plain(x.movedim(-1, 1) if first else x) for x in (a, g))
+    return a, g, (a.data_ptr(), g.data_ptr(), dtype_of(dtype), *sizes, first)
 
 
 @scale_shift_norm_sq.register("cpp", device="cpu", unavailable=unavailable, refuses=_without_memory)
 def _scale_shift_norm_sq(activations: Tensor, backprops: Tensor, bias: bool = True) -> Tensor:
-    a, g = _of_one_type(activations, backprops)
+    _a, g, described = _layer(activations, backprops)
     out = torch.empty(len(g), dtype=torch.float32, device=CPU)
-    described = (a.data_ptr(), g.data_ptr(), dtype_of(g.dtype), *_sizes(g))
     compiled().scale_shift_norm_sq(*described, bias, out.data_ptr(), torch.get_num_threads())
     return out
 
 
 @scale_shift_clip_sum.register("cpp", device="cpu", unavailable=unavailable, refuses=_without_memory)
 def _scale_shift_clip_sum(activations: Tensor, backprops: Tensor, coef: Tensor, bias: bool = True) -> ScaleShiftSum:
-    (a, g), factors = _of_one_type(activations, backprops), plain(coef)
-    sums = [torch.empty(g.shape[-1], dtype=sum_dtype(g), device=CPU) for _ in range(1 + bias)]
+    _a, g, described = _layer(activations, backprops)
+    factors = plain(coef)
+    weight, shift = (torch.empty(backprops.shape[-1], dtype=sum_dtype(g), device=CPU) for _ in range(2))
     compiled().scale_shift_clip_sum(
-        *(a.data_ptr(), g.data_ptr(), dtype_of(g.dtype), *_sizes(g), factors.data_ptr(), dtype_of(factors.dtype)),
-        *(sums[0].data_ptr(), sums[1].data_ptr() if bias else 0, torch.get_num_threads()),
+        *(*described, factors.data_ptr(), dtype_of(factors.dtype)),
+        *(weight.data_ptr(), shift.data_ptr() if bias else 0, torch.get_num_threads()),
     )
-    return ScaleShiftSum(sums[0], sums[1] if bias else None)
+    return ScaleShiftSum(weight, shift if bias else None)

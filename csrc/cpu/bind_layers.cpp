@@ -24,13 +24,14 @@ adamix::Lookups lookups(uintptr_t ids, uintptr_t backprops, DType dtype, int64_t
 }
 
 adamix::Scaled scaled(uintptr_t activations, uintptr_t backprops, DType dtype, int64_t samples, int64_t positions,
-                      int64_t cols) {
+                      int64_t cols, bool channels_first) {
   return {reinterpret_cast<const void*>(activations),
           reinterpret_cast<const void*>(backprops),
           dtype,
           samples,
           positions,
-          cols};
+          cols,
+          channels_first};
 }
 
 }  // namespace
@@ -60,22 +61,23 @@ void bind_layers(py::module_& m) {
   m.def(
       "scale_shift_norm_sq",
       [](uintptr_t activations, uintptr_t backprops, DType dtype, int64_t samples, int64_t positions, int64_t cols,
-         bool bias, uintptr_t out, int threads) {
+         bool channels_first, bool bias, uintptr_t out, int threads) {
         py::gil_scoped_release release;
-        adamix::scale_shift_norm_sq(scaled(activations, backprops, dtype, samples, positions, cols), bias,
-                                    reinterpret_cast<float*>(out), threads);
+        adamix::scale_shift_norm_sq(scaled(activations, backprops, dtype, samples, positions, cols, channels_first),
+                                    bias, reinterpret_cast<float*>(out), threads);
       },
       py::arg("activations"), py::arg("backprops"), py::arg("dtype"), py::arg("samples"), py::arg("positions"),
-      py::arg("cols"), py::arg("bias"), py::arg("out"), py::arg("threads"));
+      py::arg("cols"), py::arg("channels_first"), py::arg("bias"), py::arg("out"), py::arg("threads"));
   m.def(
       "scale_shift_clip_sum",
       [](uintptr_t activations, uintptr_t backprops, DType dtype, int64_t samples, int64_t positions, int64_t cols,
-         uintptr_t coef, DType coef_dtype, uintptr_t weight, uintptr_t bias, int threads) {
+         bool channels_first, uintptr_t coef, DType coef_dtype, uintptr_t weight, uintptr_t bias, int threads) {
         py::gil_scoped_release release;
-        adamix::scale_shift_clip_sum(scaled(activations, backprops, dtype, samples, positions, cols),
+        adamix::scale_shift_clip_sum(scaled(activations, backprops, dtype, samples, positions, cols, channels_first),
                                      adamix::widened(reinterpret_cast<const void*>(coef), coef_dtype, samples),
                                      reinterpret_cast<void*>(weight), reinterpret_cast<void*>(bias), threads);
       },
       py::arg("activations"), py::arg("backprops"), py::arg("dtype"), py::arg("samples"), py::arg("positions"),
-      py::arg("cols"), py::arg("coef"), py::arg("coef_dtype"), py::arg("weight"), py::arg("bias"), py::arg("threads"));
+      py::arg("cols"), py::arg("channels_first"), py::arg("coef"), py::arg("coef_dtype"), py::arg("weight"),
+      py::arg("bias"), py::arg("threads"));
 }

@@ -5,6 +5,10 @@
 
 #include "embedding.h"
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -139,6 +143,16 @@ void sum_row(const Lookups& lookups, const std::vector<double>& coef, const Plac
   queue.flush();
 }
 
+// Asks for large pages: a table of fresh memory takes several times longer to enter page by page than to fill.
+void expect_writes(void* data, int64_t bytes) {
+#ifdef __linux__
+  constexpr uintptr_t kPage = 1 << 21;
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + kPage - 1) & ~(kPage - 1);
+  const uintptr_t last = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kPage - 1);
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // it may refuse: no matter
+#endif
+}
+
 template <class T>
 void write(const double* total, int64_t n, void* out) {
   std::transform(total, total + n, static_cast<T*>(out), [](double x) { return static_cast<T>(x); });
@@ -187,7 +201,7 @@ void embedding_norm_sq(const Lookups& lookups, float* out, int threads) {
 
 void embedding_clip_sum(const Lookups& lookups, const std::vector<double>& coef, int64_t ids, void* out, int threads) {
   const int64_t samples = lookups.samples, positions = lookups.positions, cols = lookups.grads.cols;
-  const bool wide = lookups.grads.dtype == DType::kFloat64;
+  const int64_t bytes = lookups.grads.dtype == DType::kFloat64 ? 8 : 4;
   const Places places(new Place[samples * positions]);
   int64_t count = 0;
   for (int64_t row = 0; row < samples * positions; ++row)
@@ -198,6 +212,7 @@ void embedding_clip_sum(const Lookups& lookups, const std::vector<double>& coef,
     return std::partition_point(places.get(), places.get() + count, [&](const Place& p) { return p.id < id; }) -
            places.get();
   };
+  expect_writes(out, ids * cols * bytes);
   // Threads share out rows of the sum, so that each writes, and reads, about as many; none of this changes a sum.
   const int64_t shares = 8 * threads, blocks = (cols + kColumns - 1) / kColumns;
   const auto boundary = [&](int64_t share) {
@@ -216,16 +231,16 @@ void embedding_clip_sum(const Lookups& lookups, const std::vector<double>& coef,
     const int64_t start = task % blocks * kColumns, size = std::min(kColumns, cols - start);
     const int64_t end = boundary(task / blocks + 1);
     int64_t id = boundary(task / blocks), first = place_of(id);
-    const auto at = [&](int64_t i) { return static_cast<char*>(out) + (i * cols + start) * (wide ? 8 : 4); };
+    const auto at = [&](int64_t i) { return static_cast<char*>(out) + (i * cols + start) * bytes; };
     while (id < end) {
       const int64_t next = first < count ? std::min(places[first].id, end) : end;
-      if (blocks == 1) std::memset(at(id), 0, (next - id) * cols * (wide ? 8 : 4)), id = next;
-      for (; id < next; ++id) std::memset(at(id), 0, size * (wide ? 8 : 4));
+      if (blocks == 1) std::memset(at(id), 0, (next - id) * cols * bytes), id = next;
+      for (; id < next; ++id) std::memset(at(id), 0, size * bytes);
       if (id == end) break;
       const int64_t last = end_of_run(places.get(), first, count);
       double total[kColumns];
       sum_row(lookups, coef, places.get() + first, last - first, start, size, total);
-      (wide ? write<double> : write<float>)(total, size, at(id));
+      (bytes == 8 ? write<double> : write<float>)(total, size, at(id));
       first = last;
       ++id;
     }

@@ -20,6 +20,7 @@ namespace {
 
 constexpr int64_t kColumns = 512;  // of which four rows of accumulators stay in the first-level cache
 constexpr int64_t kNarrow = 32;    // channels fewer than these are too few for the instructions' width
+constexpr int kLanes = 16;         // independent accumulators of each kind: enough to hide the latency of the addition
 
 // Over positions: of the terms of the gradient, and of their magnitudes.
 struct Sums {
@@ -44,60 +45,93 @@ ADAMIX_INLINE void add_few(const T* a, const T* g, int64_t stride, int64_t n, Su
   }
 }
 
-// `count` rows of `n` elements, `stride` apart.
+// Adds up `count` rows of `n` elements, `stride` apart.
 template <class T, bool kSizes>
-ADAMIX_INLINE void add(const void* activations, const void* backprops, int64_t count, int64_t stride, int64_t n,
-                       Sums& sums) {
-  const T *a = static_cast<const T*>(activations), *g = static_cast<const T*>(backprops);
+ADAMIX_INLINE void down(const T* a, const T* g, int64_t count, int64_t stride, int64_t n, Sums& sums) {
   for (; count >= 4; a += 4 * stride, g += 4 * stride, count -= 4) add_few<T, kSizes, 4>(a, g, stride, n, sums);
   for (; count >= 1; a += stride, g += stride, --count) add_few<T, kSizes, 1>(a, g, stride, n, sums);
 }
 
+// Adds up the `n` elements of each of `count` rows.
+template <class T, bool kSizes>
+ADAMIX_INLINE void across(const T* a, const T* g, int64_t count, int64_t stride, int64_t n, Sums& sums) {
+  for (int64_t row = 0; row < count; ++row, a += stride, g += stride) {
+    double lanes[4][kLanes] = {};
+    const auto add = [&](int64_t i, int j) __attribute__((always_inline)) {
+      const double y = widen(g[i]), term = widen(a[i]) * y;
+      lanes[0][j] += term;
+      lanes[1][j] += y;
+      if (kSizes) lanes[2][j] += std::abs(term), lanes[3][j] += std::abs(y);
+    };
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes)
+      for (int j = 0; j < kLanes; ++j) add(i + j, j);
+    for (int j = 0; i < n; ++i, ++j) add(i, j);
+    for (int width = kLanes / 2; width > 0; width /= 2)
+      for (auto& lane : lanes)
+        for (int j = 0; j < width; ++j) lane[j] += lane[j + width];
+    sums.weight[row] = lanes[0][0], sums.bias[row] = lanes[1][0];
+    if (kSizes) sums.weight_size[row] = lanes[2][0], sums.bias_size[row] = lanes[3][0];
+  }
+}
+
+template <class T, bool kSizes, bool kAcross>
+ADAMIX_INLINE void add(const void* a, const void* g, int64_t count, int64_t stride, int64_t n, Sums& sums) {
+  const T *x = static_cast<const T*>(a), *y = static_cast<const T*>(g);
+  if constexpr (kAcross)
+    across<T, kSizes>(x, y, count, stride, n, sums);
+  else
+    down<T, kSizes>(x, y, count, stride, n, sums);
+}
+
 using Add = void (*)(const void*, const void*, int64_t, int64_t, int64_t, Sums&);
 
-template <class T, bool kSizes>
+template <class T, bool kSizes, bool kAcross>
 void add_portable(const void* a, const void* g, int64_t count, int64_t stride, int64_t n, Sums& sums) {
-  add<T, kSizes>(a, g, count, stride, n, sums);
+  add<T, kSizes, kAcross>(a, g, count, stride, n, sums);
 }
-template <class T, bool kSizes>
+template <class T, bool kSizes, bool kAcross>
 ADAMIX_AVX2 void add_avx2(const void* a, const void* g, int64_t count, int64_t stride, int64_t n, Sums& sums) {
-  add<T, kSizes>(a, g, count, stride, n, sums);
+  add<T, kSizes, kAcross>(a, g, count, stride, n, sums);
 }
-template <class T, bool kSizes>
+template <class T, bool kSizes, bool kAcross>
 ADAMIX_AVX512 void add_avx512(const void* a, const void* g, int64_t count, int64_t stride, int64_t n, Sums& sums) {
-  add<T, kSizes>(a, g, count, stride, n, sums);
+  add<T, kSizes, kAcross>(a, g, count, stride, n, sums);
 }
 
-template <bool kSizes>
+template <bool kSizes, bool kAcross>
 Add add_of(DType dtype) {
   return dispatch(dtype, [](auto* type) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
-    return pick(add_portable<T, kSizes>, add_avx2<T, kSizes>, add_avx512<T, kSizes>);
+    return pick(add_portable<T, kSizes, kAcross>, add_avx2<T, kSizes, kAcross>, add_avx512<T, kSizes, kAcross>);
   });
 }
 
-// The sums of one sample for `size` channels from `start` on. Where channels are few, all of them, several positions
-// taken as one row: its sums are then added up.
+// The sums of one sample for `size` channels from `start` on.
 template <bool kSizes>
 void sum_sample(const Scaled& layer, int64_t sample, int64_t start, int64_t size, Sums& sums) {
   const int64_t cols = layer.cols, positions = layer.positions;
-  const int64_t fold = cols < kNarrow ? std::clamp<int64_t>(2 * kNarrow / cols, 1, std::max<int64_t>(positions, 1)) : 1;
-  const int64_t rows = positions / fold, rest = positions % fold * cols;
-  const auto at = [&](const void* data, int64_t row) {
-    const int64_t element = sample * positions * cols + row * fold * cols + start;
-    return static_cast<const char*>(data) + element * size_of(layer.dtype);
+  const auto run = [&](Add kernel, int64_t first, int64_t count, int64_t stride, int64_t n) {
+    const int64_t byte = (sample * positions * cols + first) * size_of(layer.dtype);
+    kernel(static_cast<const char*>(layer.activations) + byte, static_cast<const char*>(layer.backprops) + byte, count,
+           stride, n, sums);
   };
+  if (layer.channels_first)
+    return run(add_of<kSizes, true>(layer.dtype), start * positions, size, positions, positions);
+
+  // Where channels are few, all of them, several positions taken as one row, whose sums are then added up.
+  const int64_t fold = cols < kNarrow ? std::clamp<int64_t>(2 * kNarrow / cols, 1, std::max<int64_t>(positions, 1)) : 1;
+  const int64_t rows = positions / fold, width = fold * cols, folded = fold * size;
   const auto each = [&](auto body) {
     for (double* sum : {sums.weight, sums.bias}) body(sum);
     if (kSizes)
       for (double* sum : {sums.weight_size, sums.bias_size}) body(sum);
   };
-  each([&](double* sum) { std::fill_n(sum, fold * size, 0.0); });
-  const Add kernel = add_of<kSizes>(layer.dtype);
-  kernel(at(layer.activations, 0), at(layer.backprops, 0), rows, fold * cols, fold * size, sums);
-  kernel(at(layer.activations, rows), at(layer.backprops, rows), rest > 0, 0, rest, sums);
+  each([&](double* sum) { std::fill_n(sum, folded, 0.0); });
+  run(add_of<kSizes, false>(layer.dtype), start, rows, width, folded);
+  if (positions % fold) run(add_of<kSizes, false>(layer.dtype), rows * width, 1, 0, positions % fold * cols);
   each([&](double* sum) {
-    for (int64_t i = size; i < fold * size; ++i) sum[i % size] += sum[i];
+    for (int64_t i = size; i < folded; ++i) sum[i % size] += sum[i];
   });
 }
 

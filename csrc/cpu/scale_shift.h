@@ -7,11 +7,13 @@
 
 namespace adamix {
 
-// The normalised input of a layer and the gradients of its output, [samples, positions, cols] each.
+// The normalised input of a layer and the gradients of its output, [samples, positions, cols] each; or, with
+// `channels_first`, [samples, cols, positions].
 struct Scaled {
   const void *activations, *backprops;
   DType dtype;
   int64_t samples, positions, cols;
+  bool channels_first;
 };
 
 // Squared norm of each sample's gradient of the weight, and of the bias if there is one, with room for the rounding of
