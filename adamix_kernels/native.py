@@ -82,7 +82,9 @@ def _grad_norm_sq(grad_sample: Tensor | Sequence[Tensor]) -> Tensor:
 def _clip_coef(norm_sq: Tensor, max_grad_norm: float | Tensor) -> Tensor:
     squares = plain(norm_sq)
     out = torch.empty(len(squares), dtype=torch.float32, device=CPU)
-    compiled().clip_coef(squares.data_ptr(), dtype_of(squares.dtype), float(max_grad_norm), len(squares), out.data_ptr())
+    compiled().clip_coef(
+        squares.data_ptr(), dtype_of(squares.dtype), float(max_grad_norm), len(squares), out.data_ptr()
+    )
     return out
 
 

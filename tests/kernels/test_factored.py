@@ -1,4 +1,4 @@
-"""Factored ops against torch's own per-sample gradients, and the bound on what one sample contributes."""
+"""The references of factored ops: torch's own per-sample gradients, and the bound on what one sample contributes."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from adamix_kernels.ops.embedding import embedding_clip_sum, embedding_norm_sq
 from adamix_kernels.ops.linear import linear_clip_sum, linear_norm_sq
 from adamix_kernels.ops.noise import Noise
 from adamix_kernels.ops.scale_shift import scale_shift_clip_sum, scale_shift_norm_sq
+from adamix_kernels.spec import use_backend
 
 OPS = [
     linear_norm_sq,
@@ -33,6 +34,12 @@ OPS = [
     scale_shift_clip_sum,
 ]
 BOUND = 1 + 1e-6
+
+
+@pytest.fixture(autouse=True)
+def on_torch() -> Iterator[None]:
+    with use_backend("torch"):
+        yield
 
 
 def generator(seed: int) -> torch.Generator:
