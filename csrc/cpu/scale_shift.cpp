@@ -131,7 +131,8 @@ void sum_sample(const Scaled& layer, int64_t sample, int64_t start, int64_t size
   run(add_of<kSizes, false>(layer.dtype), start, rows, width, folded);
   if (positions % fold) run(add_of<kSizes, false>(layer.dtype), rows * width, 1, 0, positions % fold * cols);
   each([&](double* sum) {
-    for (int64_t i = size; i < folded; ++i) sum[i % size] += sum[i];
+    for (int64_t row = size; row < folded; row += size)
+      for (int64_t i = 0; i < size; ++i) sum[i] += sum[row + i];
   });
 }
 
