@@ -115,6 +115,7 @@ CALLS: dict[str, Callable[[torch.dtype], tuple[Tensor, ...]]] = {
     "embedding": lambda dtype: embed(few(90, 7, 150), randn(1, 7, 150, 1500).to(dtype), 120, 2),
     "embedding of one sample": lambda dtype: embed(few(90, 1, 700), randn(1, 1, 700, 300).to(dtype), 5000),
     "scale and shift": lambda dtype: scale(randn(1, 9, 70, 700).to(dtype), randn(2, 9, 70, 700).to(dtype)),
+    "many samples": lambda dtype: scale(randn(1, 150, 20, 30).to(dtype), randn(2, 150, 20, 30).to(dtype)),
     "few channels": lambda dtype: scale(randn(1, 9, 2500, 3).to(dtype), randn(2, 9, 2500, 3).to(dtype)),
     "channels first": lambda dtype: scale(*(channels_first(randn(i, 9, 70, 100).to(dtype)) for i in (1, 2))),
 }
@@ -147,6 +148,17 @@ def test_every_result_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(torch.nan))
     for name, call in CALLS.items():
         assert all(map(torch.equal, call(torch.float32), expected[name]))
+
+
+def test_rows_of_an_embedding_are_added_by_sample_and_position() -> None:
+    ids, g, coef = few(6, 70, 3), randn(1, 70, 3), randn(2, 70).abs()
+    expected = [0.0] * 6
+    for b in range(70):
+        own = [0.0] * 6
+        for i, x in zip(ids[b].tolist(), g[b].tolist(), strict=True):
+            own[i] += x
+        expected = [total + float(coef[b]) * x for total, x in zip(expected, own, strict=True)]
+    assert embedding_clip_sum(ids, g[..., None], coef, 6)[:, 0].tolist() == expected
 
 
 # --- What one sample contributes --------------------------------------------------------------------------------------
