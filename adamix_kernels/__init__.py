@@ -3,6 +3,7 @@
 from adamix_kernels import cuda as _cuda  # noqa: F401  attaches the CUDA kernels, loads nothing yet
 from adamix_kernels import native as _native  # noqa: F401  attaches the compiled kernels, loads nothing yet
 from adamix_kernels import native_factored as _native_factored  # noqa: F401  likewise
+from adamix_kernels import native_layers as _native_layers  # noqa: F401  likewise
 from adamix_kernels import triton as _triton  # noqa: F401  likewise
 from adamix_kernels.ops.clip import ClippedSum, clip_coef, clip_sum, clip_sum_noise
 from adamix_kernels.ops.conv import ConvSum, conv_clip_sum, conv_norm_sq

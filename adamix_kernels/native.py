@@ -43,7 +43,7 @@ def unavailable() -> str | None:
     return module if isinstance(module, str) else None
 
 
-def module() -> ModuleType:
+def compiled() -> ModuleType:
     module = load()
     assert isinstance(module, ModuleType)  # dispatch has asked `unavailable`
     return module
@@ -51,7 +51,7 @@ def module() -> ModuleType:
 
 @functools.cache
 def dtype_of(dtype: torch.dtype) -> Any:
-    return getattr(module().DType, str(dtype).removeprefix("torch."))
+    return getattr(compiled().DType, str(dtype).removeprefix("torch."))
 
 
 @functools.cache
@@ -69,7 +69,7 @@ def _grad_norm_sq(grad_sample: Tensor | Sequence[Tensor]) -> Tensor:
     parts = [plain(part) for part in as_list(grad_sample)]
     out = torch.empty(parts[0].shape[0], dtype=torch.float32, device=CPU)
     described = [(p.data_ptr(), math.prod(p.shape[1:]), dtype_of(p.dtype)) for p in parts]
-    module().grad_norm_sq(described, len(out), out.data_ptr(), torch.get_num_threads())
+    compiled().grad_norm_sq(described, len(out), out.data_ptr(), torch.get_num_threads())
     return out
 
 
@@ -82,7 +82,9 @@ def _grad_norm_sq(grad_sample: Tensor | Sequence[Tensor]) -> Tensor:
 def _clip_coef(norm_sq: Tensor, max_grad_norm: float | Tensor) -> Tensor:
     squares = plain(norm_sq)
     out = torch.empty(len(squares), dtype=torch.float32, device=CPU)
-    module().clip_coef(squares.data_ptr(), dtype_of(squares.dtype), float(max_grad_norm), len(squares), out.data_ptr())
+    compiled().clip_coef(
+        squares.data_ptr(), dtype_of(squares.dtype), float(max_grad_norm), len(squares), out.data_ptr()
+    )
     return out
 
 
@@ -92,7 +94,7 @@ def _clip_coef(norm_sq: Tensor, max_grad_norm: float | Tensor) -> Tensor:
 def _norm_quantile(norm_sq: Tensor, q: float) -> Tensor:
     squares = plain(norm_sq)
     count = len(squares)
-    norm = module().norm_quantile(squares.data_ptr(), dtype_of(squares.dtype), count, rank_of(count, q))
+    norm = compiled().norm_quantile(squares.data_ptr(), dtype_of(squares.dtype), count, rank_of(count, q))
     return torch.tensor(norm, dtype=torch.float32, device=CPU)
 
 
@@ -117,7 +119,7 @@ def _parts(grad_sample: Tensor | Sequence[Tensor]) -> tuple[list[tuple[Any, ...]
 def _clip_sum(grad_sample: Tensor | Sequence[Tensor], coef: Tensor) -> Any:
     described, _alive, sums = _parts(grad_sample)
     factors = plain(coef)
-    module().clip_sum(described, len(factors), factors.data_ptr(), dtype_of(factors.dtype), torch.get_num_threads())
+    compiled().clip_sum(described, len(factors), factors.data_ptr(), dtype_of(factors.dtype), torch.get_num_threads())
     return sums[0] if isinstance(grad_sample, Tensor) else sums
 
 
@@ -140,7 +142,7 @@ def _clip_sum_noise(
         assert noise is not None  # the op has checked
         key, draw = noise._key, noise.next_draw()
     std = noise_multiplier * threshold if noise_multiplier else 0.0  # 0 times an infinite threshold is none
-    module().clip_sum_noise(
+    compiled().clip_sum_noise(
         described,
         norm_sq.shape[0],
         threshold,
@@ -165,7 +167,7 @@ def _add_gaussian_noise_(tensor: Any, std: float | Tensor, noise: Noise) -> Any:
     for part in as_list(tensor):
         with torch.no_grad():
             flat = plain(part if part.dtype == torch.float64 else part.float())
-            module().add_gaussian_noise(
+            compiled().add_gaussian_noise(
                 flat.data_ptr(),
                 dtype_of(flat.dtype),
                 flat.numel(),

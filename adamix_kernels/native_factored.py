@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from adamix_kernels.memory import none_behind, plain
-from adamix_kernels.native import CPU, dtype_of, module, unavailable
+from adamix_kernels.native import CPU, compiled, dtype_of, unavailable
 from adamix_kernels.ops.conv import ConvSum, conv_axes, conv_clip_sum, conv_norm_sq
 from adamix_kernels.ops.head import HeadSum, softmax_head_clip_sum_noise
 from adamix_kernels.ops.head_variants import softmax_head_coordinates
@@ -55,7 +55,7 @@ def _linear_norm_sq(activations: Tensor, backprops: Tensor, bias: bool, method: 
     a, g, sizes = _layer(activations, backprops)
     gram = by_gram(*sizes[1:]) if method == "auto" else method == "gram"
     out = torch.empty(len(a), dtype=torch.float32, device=CPU)
-    module().linear_norm_sq(address(a), address(g), *sizes, bias, gram, out.data_ptr(), torch.get_num_threads())
+    compiled().linear_norm_sq(address(a), address(g), *sizes, bias, gram, out.data_ptr(), torch.get_num_threads())
     return out
 
 
@@ -72,7 +72,7 @@ def _linear_clip_sum(
     factors, (inputs, outputs) = plain(coef), sizes[2:]
     weight = torch.empty(outputs, inputs, dtype=torch.float32, device=CPU)
     shift = torch.empty(outputs, dtype=torch.float32, device=CPU) if bias else None
-    module().linear_clip_sum(
+    compiled().linear_clip_sum(
         address(a),
         address(g),
         address(factors),
@@ -106,7 +106,7 @@ def _conv_norm_sq(activations: Tensor, backprops: Tensor, *, groups: int, bias: 
     shape, positions, window = _conv(a, g, groups=groups, **settings)
     out = torch.empty(len(a), dtype=torch.float32, device=CPU)
     gram = by_gram(positions, window, g.shape[1] // groups)
-    module().conv_norm_sq(address(a), address(g), len(a), shape, bias, gram, out.data_ptr(), torch.get_num_threads())
+    compiled().conv_norm_sq(address(a), address(g), len(a), shape, bias, gram, out.data_ptr(), torch.get_num_threads())
     return out
 
 
@@ -119,7 +119,7 @@ def _conv_clip_sum(
     outputs = g.shape[1]
     weight = torch.empty(outputs, a.shape[1] // groups, *settings["kernel_size"], dtype=torch.float32, device=CPU)
     shift = torch.empty(outputs, dtype=torch.float32, device=CPU) if bias else None
-    module().conv_clip_sum(
+    compiled().conv_clip_sum(
         address(a),
         address(g),
         address(factors),
@@ -158,7 +158,7 @@ def _softmax_head_clip_sum_noise(
     sums = torch.empty(weight.shape, dtype=torch.float32, device=CPU)
     shift = None if bias is None else torch.empty(len(bias), dtype=torch.float32, device=CPU)
     norm_sq = torch.empty(len(features), dtype=torch.float32, device=CPU)
-    loss = module().softmax_head(
+    loss = compiled().softmax_head(
         *described,
         threshold,
         sums.data_ptr(),
@@ -177,7 +177,7 @@ def _softmax_head_coordinates(
     described, _alive = _head(features, labels, weight, bias)
     directions = plain(basis.float())
     out = torch.empty(len(features), len(basis), dtype=torch.float32, device=CPU)
-    module().softmax_head_coordinates(
+    compiled().softmax_head_coordinates(
         *described, directions.data_ptr(), len(basis), out.data_ptr(), torch.get_num_threads()
     )
     return out

@@ -50,3 +50,19 @@ def opacus(parts: list[Tensor], max_grad_norm: float, noise_multiplier: float) -
         return [param.grad for param in params]
 
     return step
+
+
+def opacus_sampler(layer: torch.nn.Module, norms: bool = False) -> Callable[[Tensor, Tensor], list[Tensor]] | None:
+    """From a layer's activations and backprops, for each parameter: Opacus's per-sample gradients, or their norms."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from opacus.grad_sample import GradSampleModule
+            from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import (
+                GradSampleModuleFastGradientClipping,
+            )
+    except ImportError:
+        return None
+    known = GradSampleModuleFastGradientClipping.NORM_SAMPLERS if norms else GradSampleModule.GRAD_SAMPLERS
+    sampler = known[type(layer)]
+    return lambda activations, backprops: list(sampler(layer, [activations], backprops).values())

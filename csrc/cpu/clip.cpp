@@ -88,15 +88,6 @@ Narrow narrow_of(DType dtype) {
   });
 }
 
-using Add = void (*)(const void* const*, const double*, int64_t, double*, int64_t);
-
-Add add_of(DType dtype) {
-  return dispatch(dtype, [](auto* type) {
-    using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
-    return pick(add_portable<T>, add_avx2<T>, add_avx512<T>);
-  });
-}
-
 // Rows `from` .. `from` + n, those with a positive factor, added to the accumulators of `size` columns.
 void add_rows(const Part& part, int64_t start, int64_t size, const std::vector<double>& coef, int64_t from, int64_t n,
               double* total) {
@@ -219,6 +210,13 @@ void finish(const Part& part, int64_t start, int64_t size, const double* total, 
     std::copy_n(total + i, n, piece);
     kernel(piece, noise != nullptr ? noise->std : 0, z, out + i * (wide ? 8 : 4), n);
   }
+}
+
+Add add_of(DType dtype) {
+  return dispatch(dtype, [](auto* type) {
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
+    return pick(add_portable<T>, add_avx2<T>, add_avx512<T>);
+  });
 }
 
 void clip_coef(const double* norm_sq, int64_t rows, double threshold, float* coef) {

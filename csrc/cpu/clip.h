@@ -22,6 +22,10 @@ void clip_coef(const double* norm_sq, int64_t rows, double threshold, float* coe
 // out[c] = sum over b of coef[b] data[b, c]; rows whose coef is not above 0 are not read.
 void clip_sum(const std::vector<Part>& parts, const std::vector<double>& coef, int threads);
 
+// total[i] += coef[r] rows[r][i], one row after the other, for the type and this processor.
+using Add = void (*)(const void* const* rows, const double* coef, int64_t count, double* total, int64_t n);
+Add add_of(DType dtype);
+
 // Norms, factors, weighted sum and, unless null, noise of standard deviation noise->std. `cache` is the size of
 // the processor's last cache in bytes.
 void clip_sum_noise(const std::vector<Part>& parts, int64_t rows, double threshold, float* norm_sq, const Noise* noise,

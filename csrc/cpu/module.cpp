@@ -18,6 +18,8 @@ namespace py = pybind11;
 using adamix::DType;
 using adamix::Isa;
 
+void bind_layers(py::module_& m);
+
 namespace {
 
 // Address of the rows, columns, dtype, address of the sum, offset of its noise.
@@ -101,4 +103,5 @@ PYBIND11_MODULE(_cpu, m) {
       py::arg("data"), py::arg("dtype"), py::arg("n"), py::arg("std"), py::arg("key"), py::arg("draw"),
       py::arg("offset"), py::arg("threads"));
   adamix::bind_factored(m);
+  bind_layers(m);
 }

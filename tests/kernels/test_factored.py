@@ -38,6 +38,12 @@ OPS = [
 BOUND = 1 + 1e-6
 
 
+@pytest.fixture(autouse=True)
+def on_torch() -> Iterator[None]:
+    with use_backend("torch"):
+        yield
+
+
 def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
