@@ -374,10 +374,10 @@ def test_a_cancelling_sample_does_not_swallow_the_others(backend: str, positions
     add to it: with one of them in a sum of 128, about the threshold."""
     count = 300 // positions + 4
     a, g = torch.zeros(1, positions, 9), torch.zeros(1, positions, 8)  # of which one number of the gradient is not 0
-    a[0, :, 0], g[0, 0, 0], g[0, -1, 0] = 1.0, 1e4, -1e4
+    a[0, :, 0], g[0, 0, 0], g[0, -1, 0] = 1.0, 1e12, -1e12
     with use_backend(backend):
         own = clip_coef(linear_norm_sq(a, g, False, "direct"), 1.0)  # "gram" leaves more room
-        lost = 0.4 * 2.0**-23 * 2.0 ** math.floor(math.log2(1e4 * float(own)))  # less than half of its last place
+        lost = 0.4 * 2.0**-23 * 2.0 ** math.floor(math.log2(1e12 * float(own)))  # less than half of its last place
         others_a, others_g, coef = a.repeat(count, 1, 1), torch.zeros(count, positions, 8), torch.ones(count)
         others_g[..., 0] = lost
         without = linear_clip_sum(others_a, others_g, coef).weight.double()

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_factored import BOUND, DTYPES, exact_norm_sq, generator, randn, samples, worst_contribution
+from test_factored import BOUND, exact_norm_sq, generator, randn, samples, worst_contribution
 from torch import Tensor
 
 from adamix_kernels import (
@@ -25,6 +25,7 @@ from adamix_kernels import (
     scale_shift_norm_sq,
     use_backend,
 )
+from adamix_kernels.spec import FLOAT_DTYPES
 
 pytestmark = pytest.mark.skipif(isinstance(native.load(), str), reason="the compiled CPU kernels were not built")
 
@@ -74,7 +75,7 @@ def assert_same(mine: tuple[Tensor, ...], reference: tuple[Tensor, ...]) -> None
         torch.testing.assert_close(one, other, rtol=rtol, atol=1e-13 * float(other.abs().max()))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 @pytest.mark.parametrize("padding", [None, 1])
 @pytest.mark.parametrize(("middle", "width"), EMBEDDINGS)
 def test_embedding_is_the_reference(
@@ -89,7 +90,7 @@ def test_embedding_is_the_reference(
         assert_same(embed(ids.int() if rows == 7 else ids, g, rows, padding), expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 @pytest.mark.parametrize(("middle", "width"), LAYERS)
 def test_scale_shift_is_the_reference(middle: tuple[int, ...], width: int, dtype: torch.dtype) -> None:
     a, g = randn(1, 9, *middle, width).to(dtype), randn(2, 9, *middle, width).to(dtype)
@@ -104,7 +105,7 @@ def test_scale_shift_is_the_reference(middle: tuple[int, ...], width: int, dtype
 
 @pytest.mark.parametrize("types", [(0, 1), (1, 2), (2, 0), (3, 1), (0, 3)])
 def test_activations_and_backprops_of_two_types(types: tuple[int, int]) -> None:
-    a, g = (randn(i, 4, 30, 12).to(DTYPES[t]) for i, t in enumerate(types))
+    a, g = (randn(i, 4, 30, 12).to(FLOAT_DTYPES[t]) for i, t in enumerate(types))
     with use_backend("torch"):
         expected = scale(a, g)
     assert_same(scale(a, g), expected)
@@ -121,7 +122,7 @@ CALLS: dict[str, Callable[[torch.dtype], tuple[Tensor, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 @pytest.mark.parametrize("name", CALLS)
 def test_same_bits_for_every_instruction_set_and_thread_count(
     compiled: ModuleType, name: str, dtype: torch.dtype
@@ -164,7 +165,7 @@ def test_rows_of_an_embedding_are_added_by_sample_and_position() -> None:
 # --- What one sample contributes --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 @pytest.mark.parametrize("backends", [("cpp", "cpp"), ("cpp", "torch"), ("torch", "cpp")], ids="-".join)
 def test_contributions_are_bounded(backends: tuple[str, str], dtype: torch.dtype) -> None:
     """Whichever backend computes the norm, and whichever the sum."""
@@ -334,7 +335,7 @@ def test_an_index_beyond_the_table_is_refused() -> None:
 
 def test_factors_of_every_type() -> None:
     ids, g = few(20, 4, 30), randn(1, 4, 30, 9)
-    for dtype in DTYPES:
+    for dtype in FLOAT_DTYPES:
         coef = factors(g).to(dtype)
         with use_backend("torch"):
             expected = embedding_clip_sum(ids, g, coef, 20), scale_shift_clip_sum(g, g, coef)
