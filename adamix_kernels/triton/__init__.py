@@ -28,7 +28,6 @@ from adamix_kernels.ops.scale_shift import scale_shift_clip_sum, scale_shift_nor
 from adamix_kernels.spec import FLOAT_DTYPES
 from adamix_kernels.triton.launch import interpreting
 
-
 #: Of kernels that sum in float32.
 _FLOAT32 = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -58,118 +58,127 @@ def _inside(x0, x1, x2, size0, size1, size2, AXES: tl.constexpr):
 
 
 @triton.jit
-def _product(x, y):
+def _product(x, y, total):
     """Float32 `[J, O]` of `[J, T]` and `[O, T]`: exact products, on tensor cores for two bytes of one type."""
     if x.dtype == y.dtype and x.dtype != tl.float32:
-        return tl.dot(x, tl.trans(y))
+        return tl.dot(x, tl.trans(y), total)
     else:
-        return tl.dot(wide(x), tl.trans(wide(y)), input_precision="ieee")
+        return tl.dot(wide(x), tl.trans(wide(y)), total, input_precision="ieee")
+
+
+@triton.jit
+def _tile(program, channels, taps, outer, INNER: tl.constexpr, OUTER: tl.constexpr, ONE_TAP: tl.constexpr):
+    """Of a program: the channels and taps `[J]` and the outputs `[O]` of its tile, and what is left of its number.
+
+    `ONE_TAP`: all inputs of a tile are of one tap, a scalar. It takes fewer registers, and 16 channels at least.
+    """
+    if ONE_TAP:
+        tiles = taps * tl.cdiv(channels, INNER)
+        tile = program % tiles
+        channel, tap = tile // taps * INNER + tl.arange(0, INNER), tile % taps
+    else:
+        tiles = tl.cdiv(channels * taps, INNER)
+        tile = program % tiles
+        j = tile * INNER + tl.arange(0, INNER)
+        channel, tap = j // taps, j % taps
+    outputs = tl.cdiv(outer, OUTER)
+    o = program // tiles % outputs * OUTER + tl.arange(0, OUTER)
+    return channel, tap, o, tile == 0, program // tiles // outputs
 
 
 @triton.jit
 def _gradient(
-    a, g, count, positions, j, inner, o, outer, with_bias,
-    size0, size1, size2, out1, out2, taps, kernel1, kernel2, stride0, stride1, stride2,
+    a, g, count, positions, channel, channels, tap, o, outer, with_bias,
+    size0, size1, size2, out1, out2, kernel1, kernel2, stride0, stride1, stride2,
     before0, before1, before2, dilation0, dilation1, dilation2,
-    AXES: tl.constexpr, CHAIN: tl.constexpr,
+    AXES: tl.constexpr, CHAIN: tl.constexpr, STEP: tl.constexpr, ONE_TAP: tl.constexpr,
 ):  # fmt: skip
-    """Float32 `[J, O]` and `[O]`, over the first `count` positions of one group of one sample, which lies at a and g.
+    """Float32 `[J, O]`, over the first `count` positions of one group of one sample, which lies at a and g.
 
-    The second is the bias's where it is asked for. Nothing is to be made of what lies beyond `inner` and `outer`.
+    And float64 `[O]` of the bias, where it is asked for. Nothing is to be made of what lies beyond channels and outputs.
     """
-    v0, v1, v2 = _tap(j % taps, kernel1, kernel2, dilation0, dilation1, dilation2)
-    a += ((((j // taps).to(tl.int64) * size0 + v0) * size1 + v1) * size2 + v2)[:, None]
+    v0, v1, v2 = _tap(tap, kernel1, kernel2, dilation0, dilation1, dilation2)
+    if not ONE_TAP:
+        v0, v1, v2 = v0[:, None], v1[:, None], v2[:, None]
+    a += channel.to(tl.int64)[:, None] * size0 * size1 * size2 + ((v0 * size1 + v1).to(tl.int64) * size2 + v2)
     g += (o.to(tl.int64) * positions)[:, None]
-    weight = tl.zeros([j.shape[0], o.shape[0]], tl.float32)
-    bias = tl.zeros([o.shape[0]], tl.float32)
-    for start in range(0, count, CHAIN):
-        t = start + tl.arange(0, CHAIN)
-        u0, u1, u2 = _corner(t, out1, out2, stride0, stride1, stride2, before0, before1, before2)
-        at = (u0.to(tl.int64) * size1 + u1) * size2 + u2
-        there = (t < count)[None, :]
-        inside = _inside(
-            u0[None, :] + v0[:, None], u1[None, :] + v1[:, None], u2[None, :] + v2[:, None], size0, size1, size2, AXES
-        )
-        x = tl.load(a + at[None, :], inside & there & (j < inner)[:, None], 0.0)
-        y = tl.load(g + t[None, :], there & (o < outer)[:, None], 0.0)
-        # Not `+=`, of which the compiler would make one chain, through all positions.
-        weight = tl.fma(_product(x, y), 1.0, weight)
-        if with_bias:
-            bias += tl.sum(wide(y), axis=1)
+    weight = tl.zeros([channel.shape[0], o.shape[0]], tl.float32)
+    bias = tl.zeros([o.shape[0]], tl.float64)
+    for first in range(0, count, CHAIN):
+        chain = tl.zeros_like(weight)
+        for start in range(first, tl.minimum(first + CHAIN, count), STEP):
+            t = start + tl.arange(0, STEP)[None, :]
+            u0, u1, u2 = _corner(t, out1, out2, stride0, stride1, stride2, before0, before1, before2)
+            inside = _inside(u0 + v0, u1 + v1, u2 + v2, size0, size1, size2, AXES) & (t < count)
+            at = (u0 * size1 + u1).to(tl.int64) * size2 + u2
+            x = tl.load(a + at, inside & (channel < channels)[:, None], 0.0)
+            y = tl.load(g + t, (t < count) & (o < outer)[:, None], 0.0)
+            chain = _product(x, y, chain)
+            if with_bias:
+                bias += tl.sum(wide(y), axis=1).to(tl.float64)
+        weight += chain
     return weight, bias
 
 
-@triton.jit
-def _tile(program, inner, outer, INNER: tl.constexpr, OUTER: tl.constexpr):
-    """Inputs and outputs of a tile, and what is left of the program's number."""
-    tiles_inner, tiles_outer = tl.cdiv(inner, INNER), tl.cdiv(outer, OUTER)
-    j = program % tiles_inner * INNER + tl.arange(0, INNER)
-    o = program // tiles_inner % tiles_outer * OUTER + tl.arange(0, OUTER)
-    return j, o, program // tiles_inner // tiles_outer, tiles_inner * tiles_outer
-
-
-@triton.jit(do_not_specialize=["inner", "outer", "groups", *_GEOMETRY])
+@triton.jit(do_not_specialize=["channels", "outer", "groups", *_GEOMETRY])
 def tile_norms(
-    a, g, squares, positions, inner, outer, groups,
+    a, g, squares, positions, channels, outer, groups,
     size0, size1, size2, out1, out2, taps, kernel1, kernel2, stride0, stride1, stride2,
     before0, before1, before2, dilation0, dilation1, dilation2,
     AXES: tl.constexpr, BIAS: tl.constexpr, INNER: tl.constexpr, OUTER: tl.constexpr, CHAIN: tl.constexpr,
+    STEP: tl.constexpr, ONE_TAP: tl.constexpr,
 ):  # fmt: skip
     """The sum of squares of one tile of the gradient of one group of one sample: `squares [B, groups, tiles]`."""
     program = tl.program_id(0)
-    j, o, block, _ = _tile(program, inner, outer, INNER, OUTER)
+    channel, tap, o, first, block = _tile(program, channels, taps, outer, INNER, OUTER, ONE_TAP)
     block = block.to(tl.int64)  # of B times groups
-    a += block * (inner // taps) * size0 * size1 * size2
-    first = BIAS & (program % tl.cdiv(inner, INNER) == 0)
     weight, bias = _gradient(
-        a, g + block * outer * positions, positions, positions, j, inner, o, outer, first,
-        size0, size1, size2, out1, out2, taps, kernel1, kernel2, stride0, stride1, stride2,
-        before0, before1, before2, dilation0, dilation1, dilation2, AXES, CHAIN,
+        a + block * channels * size0 * size1 * size2, g + block * outer * positions, positions, positions,
+        channel, channels, tap, o, outer, BIAS & first,
+        size0, size1, size2, out1, out2, kernel1, kernel2, stride0, stride1, stride2,
+        before0, before1, before2, dilation0, dilation1, dilation2, AXES, CHAIN, STEP, ONE_TAP,
     )  # fmt: skip
-    weight = tl.where((j < inner)[:, None] & (o < outer)[None, :], weight, 0.0).to(tl.float64)
-    total = tl.sum(weight * weight)
-    if BIAS:
-        bias = tl.where(o < outer, bias, 0.0).to(tl.float64)
-        total += tl.sum(bias * bias)
-    tl.store(squares + program, total)
+    weight = tl.where((channel < channels)[:, None] & (o < outer)[None, :], weight, 0.0).to(tl.float64)
+    bias = tl.where(o < outer, bias, 0.0)
+    tl.store(squares + program, tl.sum(weight * weight) + tl.sum(bias * bias))
 
 
-@triton.jit(do_not_specialize=["samples", "share", "size", "inner", "outer", "groups", *_GEOMETRY])
+@triton.jit(do_not_specialize=["samples", "share", "size", "channels", "outer", "groups", *_GEOMETRY])
 def tile_sums(
-    a, g, coef, out, samples, share, size, positions, inner, outer, groups,
+    a, g, coef, out, samples, share, size, positions, channels, outer, groups,
     size0, size1, size2, out1, out2, taps, kernel1, kernel2, stride0, stride1, stride2,
     before0, before1, before2, dilation0, dilation1, dilation2,
     AXES: tl.constexpr, BIAS: tl.constexpr, INNER: tl.constexpr, OUTER: tl.constexpr, CHAIN: tl.constexpr,
+    STEP: tl.constexpr, ONE_TAP: tl.constexpr,
 ):  # fmt: skip
     """One tile of the sum over `share` samples, into its own part of `out [splits, size]`: the weight, then the bias.
 
     Each sample is summed over its positions before its factor and the others, in float64.
     """
     program = tl.program_id(0)
-    j, o, rest, _ = _tile(program, inner, outer, INNER, OUTER)
+    channel, tap, o, first, rest = _tile(program, channels, taps, outer, INNER, OUTER, ONE_TAP)
     group, split = (rest % groups).to(tl.int64), (rest // groups).to(tl.int64)
-    first = BIAS & (program % tl.cdiv(inner, INNER) == 0)
     weight_total, bias_total = tl.zeros([INNER, OUTER], tl.float64), tl.zeros([OUTER], tl.float64)
     for sample in range(split * share, tl.minimum(split * share + share, samples)):
         c = wide(tl.load(coef + sample)).to(tl.float64)
         count = tl.where(c > 0, positions, 0)  # what is clipped away is not read
         block = sample * groups + group
         weight, bias = _gradient(
-            a + block * (inner // taps) * size0 * size1 * size2, g + block * outer * positions, count, positions,
-            j, inner, o, outer, first,
-            size0, size1, size2, out1, out2, taps, kernel1, kernel2, stride0, stride1, stride2,
-            before0, before1, before2, dilation0, dilation1, dilation2, AXES, CHAIN,
+            a + block * channels * size0 * size1 * size2, g + block * outer * positions, count, positions,
+            channel, channels, tap, o, outer, BIAS & first,
+            size0, size1, size2, out1, out2, kernel1, kernel2, stride0, stride1, stride2,
+            before0, before1, before2, dilation0, dilation1, dilation2, AXES, CHAIN, STEP, ONE_TAP,
         )  # fmt: skip
         c = tl.where(c > 0, c, 0.0)
         weight_total += c * weight.to(tl.float64)
-        if BIAS:
-            bias_total += c * bias.to(tl.float64)
-    out += split * size
+        bias_total += c * bias
     row = group * outer + o
-    mask = (j < inner)[:, None] & (o < outer)[None, :]
-    tl.store(out + row[None, :] * inner + j[:, None], weight_total.to(out.dtype.element_ty), mask)
+    place = out + split * size + row[None, :] * (channels * taps) + (channel * taps + tap)[:, None]
+    mask = (channel < channels)[:, None] & (o < outer)[None, :]
+    tl.store(place, weight_total.to(out.dtype.element_ty), mask)
     if BIAS:
-        tl.store(out + groups * outer * inner + row, bias_total.to(out.dtype.element_ty), first & (o < outer))
+        place = out + split * size + groups * outer * channels.to(tl.int64) * taps + row
+        tl.store(place, bias_total.to(out.dtype.element_ty), first & (o < outer))
 
 
 @triton.jit(do_not_specialize=["channels", "pixels", "blocks"])
@@ -258,17 +267,19 @@ def _geometry(
     )  # fmt: skip
 
 
-def _launch(inner: int, outer: int, positions: int, device: torch.device) -> tuple[int, dict[str, int]]:
+def _launch(channels: int, taps: int, outer: int, positions: int, device: torch.device) -> tuple[int, dict[str, int]]:
     """Tiles of a group, and the options."""
     sizes = layers(device)
 
     def fit(size: int, most: int) -> int:
         return max(16, min(triton.next_power_of_2(size), most))  # the least that `tl.dot` takes
 
-    tile = {"INNER": fit(inner, sizes.conv_inner), "OUTER": fit(outer, sizes.conv_outer)}
-    tiles = triton.cdiv(inner, tile["INNER"]) * triton.cdiv(outer, tile["OUTER"])
-    chain = fit(positions, sizes.conv_chain)
-    return tiles, {**tile, "CHAIN": chain, "num_warps": sizes.conv_warps, "num_stages": 1}
+    one_tap = channels >= 16
+    inner = fit(channels, sizes.conv_inner) if one_tap else fit(channels * taps, sizes.conv_mixed)
+    outputs, chain = fit(outer, sizes.conv_outer), fit(positions, sizes.conv_chain)
+    tiles = taps * triton.cdiv(channels, inner) if one_tap else triton.cdiv(channels * taps, inner)
+    tile = {"INNER": inner, "OUTER": outputs, "CHAIN": chain, "STEP": min(chain, sizes.conv_step), "ONE_TAP": one_tap}
+    return tiles * triton.cdiv(outer, outputs), {**tile, "num_warps": sizes.conv_warps, "num_stages": 1}
 
 
 def conv_norm_sq(
@@ -294,7 +305,7 @@ def conv_norm_sq(
         a[0, 0].numel(),
     )
     inner, each, flags = channels * math.prod(kernel_size), samples * groups, {"AXES": len(kernel_size), "BIAS": bias}
-    tiles, options = _launch(inner, outer, positions, device)
+    tiles, options = _launch(channels, math.prod(kernel_size), outer, positions, device)
     width, blocks = layers(device).conv_width, triton.cdiv(positions, layers(device).conv_width)
     narrow = {"WIDTH": width, **config(device).options(layers(device).conv_width_warps)}
     squares = torch.empty(each, tiles, dtype=torch.float64, device=device)
@@ -309,7 +320,7 @@ def conv_norm_sq(
     lanes = min(triton.next_power_of_2(groups), sizes.finish_tile)
     # fmt: off
     with on(device):
-        tile_norms[(each * tiles,)](a, g, squares, positions, inner, outer, groups, *geometry, **flags, **options)
+        tile_norms[(each * tiles,)](a, g, squares, positions, channels, outer, groups, *geometry, **flags, **options)
         pixel_squares[(each * triton.cdiv(pixels, width),)](
             a, sources, channels, pixels, triton.cdiv(pixels, width), **narrow
         )
@@ -338,7 +349,7 @@ def conv_clip_sum(
     channels, outer, positions = a.shape[1] // groups, outputs // groups, math.prod(g.shape[2:])
     inner, flags = channels * math.prod(kernel_size), {"AXES": len(kernel_size), "BIAS": bias}
     geometry = _geometry(a, g, kernel_size, stride, padding, dilation)
-    tiles, options = _launch(inner, outer, positions, device)
+    tiles, options = _launch(channels, math.prod(kernel_size), outer, positions, device)
     out = torch.empty(outputs * (inner + bias), dtype=torch.float32, device=device)
     if out.numel():
         splits = split(samples, groups * tiles, out.numel(), device)
@@ -346,7 +357,7 @@ def conv_clip_sum(
         scratch = out if splits == 1 else torch.empty(splits, out.numel(), dtype=torch.float64, device=device)
         with on(device):
             tile_sums[(splits * groups * tiles,)](
-                a, g, factors, scratch, samples, share, out.numel(), positions, inner, outer, groups,
+                a, g, factors, scratch, samples, share, out.numel(), positions, channels, outer, groups,
                 *geometry, **flags, **options,
             )  # fmt: skip
         if splits > 1:

@@ -87,18 +87,21 @@ class LayerLaunch:
     embedding_width: int = 256
     embedding_chunk: int = 64
     embedding_warps: int = 2
-    #: A tile of the gradient, inputs by outputs, and the positions of one product, at most 64 (see `sum_error`).
+    #: A tile of the gradient: inputs, fewer where they are of several taps, by outputs. Positions added up in one chain
+    #: of products, at most 64 (see `sum_error`), and loaded at a time. More of anything spills.
     conv_inner: int = 64
+    conv_mixed: int = 32
     conv_outer: int = 64
     conv_chain: int = 64
-    conv_warps: int = 4
+    conv_step: int = 32
+    conv_warps: int = 8
     #: Pixels or positions per program of what the error takes.
     conv_width: int = 256
     conv_width_warps: int = 4
 
 
 LAYER_LAUNCHES: dict[int | str, LayerLaunch] = {
-    "gfx942": LayerLaunch(channel_warps=2, embedding_warps=1, conv_width_warps=2),
+    "gfx942": LayerLaunch(channel_warps=2, embedding_warps=1, conv_warps=4, conv_width_warps=2),
     "default": LayerLaunch(),
 }
 

@@ -29,8 +29,8 @@ OPS = [
 ]
 ACTUAL = launch.LayerLaunch()
 #: Many programs, tiles, chunks and runs that cross them even of small inputs.
-TINY = replace(ACTUAL, channel_tile=4, embedding_width=4, embedding_chunk=3, conv_inner=16, conv_outer=16,
-               conv_chain=16, conv_width=8)  # fmt: skip
+TINY = replace(ACTUAL, channel_tile=4, embedding_width=4, embedding_chunk=3, conv_inner=16, conv_mixed=16, conv_outer=16,
+               conv_chain=32, conv_step=16, conv_width=8)  # fmt: skip
 
 
 @pytest.fixture(params=["actual", "tiny"])
