@@ -1,11 +1,4 @@
-"""Convolutions: norms and clipped sums of their gradients, by tiles of inputs and outputs that are never all written.
-
-The windows are not written either: a kernel loads them from where they lie in the activations. An input j of a group is
-a channel and a tap of the kernel; with 1 or 2 spatial axes the first ones have size 1.
-
-A tile is a float32 sum over the positions of one sample, in chains of at most 64 products: within the `sum_error` e.
-Products below 2^-126 may vanish; tensor cores do not flush what they are given (Fasi et al. 2021).
-"""
+"""Convolutions: norms and clipped sums of their gradients, and what the norms leave room for."""
 
 from __future__ import annotations
 
@@ -21,169 +14,16 @@ from torch import Tensor
 from adamix_kernels.memory import plain
 from adamix_kernels.ops._factored import sum_error
 from adamix_kernels.ops.conv import ConvSum, _axes
+from adamix_kernels.triton._conv_tiles import GEOMETRY, corner, inside_of, tap_at, tile_norms, tile_sums
 from adamix_kernels.triton._partials import add, split
 from adamix_kernels.triton._random import double as joined
 from adamix_kernels.triton.launch import config, double, layers, on
 from adamix_kernels.triton.norm import round_up, wide
 
-_GEOMETRY = [
-    "size0", "size1", "size2", "out1", "out2", "taps", "kernel1", "kernel2", "stride0", "stride1", "stride2",
-    "before0", "before1", "before2", "dilation0", "dilation1", "dilation2",
-]  # fmt: skip
-
-
-@triton.jit
-def _corner(t, out1, out2, stride0, stride1, stride2, before0, before1, before2):
-    """Where the window of position t begins, on each axis."""
-    row = t // out2
-    return row // out1 * stride0 - before0, row % out1 * stride1 - before1, t % out2 * stride2 - before2
-
-
-@triton.jit
-def _tap(k, kernel1, kernel2, dilation0, dilation1, dilation2):
-    """How far tap k is from there."""
-    row = k // kernel2
-    return row // kernel1 * dilation0, row % kernel1 * dilation1, k % kernel2 * dilation2
-
-
-@triton.jit
-def _inside(x0, x1, x2, size0, size1, size2, AXES: tl.constexpr):
-    """Not in the padding."""
-    inside = (x2 >= 0) & (x2 < size2)
-    if AXES > 1:
-        inside = inside & (x1 >= 0) & (x1 < size1)
-    if AXES > 2:
-        inside = inside & (x0 >= 0) & (x0 < size0)
-    return inside
-
-
-@triton.jit
-def _product(x, y, total):
-    """Float32 `[J, O]` of `[J, T]` and `[O, T]`: exact products, on tensor cores for two bytes of one type."""
-    if x.dtype == y.dtype and x.dtype != tl.float32:
-        return tl.dot(x, tl.trans(y), total)
-    else:
-        return tl.dot(wide(x), tl.trans(wide(y)), total, input_precision="ieee")
-
-
-@triton.jit
-def _tile(program, channels, taps, outer, INNER: tl.constexpr, OUTER: tl.constexpr, ONE_TAP: tl.constexpr):
-    """Of a program: the channels and taps `[J]` and the outputs `[O]` of its tile, and what is left of its number.
-
-    `ONE_TAP`: all inputs of a tile are of one tap, a scalar. It takes fewer registers, and 16 channels at least.
-    """
-    if ONE_TAP:
-        tiles = taps * tl.cdiv(channels, INNER)
-        tile = program % tiles
-        channel, tap = tile // taps * INNER + tl.arange(0, INNER), tile % taps
-    else:
-        tiles = tl.cdiv(channels * taps, INNER)
-        tile = program % tiles
-        j = tile * INNER + tl.arange(0, INNER)
-        channel, tap = j // taps, j % taps
-    outputs = tl.cdiv(outer, OUTER)
-    o = program // tiles % outputs * OUTER + tl.arange(0, OUTER)
-    return channel, tap, o, tile == 0, program // tiles // outputs
-
-
-@triton.jit
-def _gradient(
-    a, g, count, positions, channel, channels, tap, o, outer, with_bias,
-    size0, size1, size2, out1, out2, kernel1, kernel2, stride0, stride1, stride2,
-    before0, before1, before2, dilation0, dilation1, dilation2,
-    AXES: tl.constexpr, CHAIN: tl.constexpr, STEP: tl.constexpr, ONE_TAP: tl.constexpr,
-):  # fmt: skip
-    """Float32 `[J, O]`, over the first `count` positions of one group of one sample, which lies at a and g.
-
-    And float64 `[O]` of the bias, where it is asked for. Nothing is to be made of what lies beyond channels and outputs.
-    """
-    v0, v1, v2 = _tap(tap, kernel1, kernel2, dilation0, dilation1, dilation2)
-    if not ONE_TAP:
-        v0, v1, v2 = v0[:, None], v1[:, None], v2[:, None]
-    a += channel.to(tl.int64)[:, None] * size0 * size1 * size2 + ((v0 * size1 + v1).to(tl.int64) * size2 + v2)
-    g += (o.to(tl.int64) * positions)[:, None]
-    weight = tl.zeros([channel.shape[0], o.shape[0]], tl.float32)
-    bias = tl.zeros([o.shape[0]], tl.float64)
-    for first in range(0, count, CHAIN):
-        chain = tl.zeros_like(weight)
-        for start in range(first, tl.minimum(first + CHAIN, count), STEP):
-            t = start + tl.arange(0, STEP)[None, :]
-            u0, u1, u2 = _corner(t, out1, out2, stride0, stride1, stride2, before0, before1, before2)
-            inside = _inside(u0 + v0, u1 + v1, u2 + v2, size0, size1, size2, AXES) & (t < count)
-            at = (u0 * size1 + u1).to(tl.int64) * size2 + u2
-            x = tl.load(a + at, inside & (channel < channels)[:, None], 0.0)
-            y = tl.load(g + t, (t < count) & (o < outer)[:, None], 0.0)
-            chain = _product(x, y, chain)
-            if with_bias:
-                bias += tl.sum(wide(y), axis=1).to(tl.float64)
-        weight += chain
-    return weight, bias
-
-
-@triton.jit(do_not_specialize=["channels", "outer", "groups", *_GEOMETRY])
-def tile_norms(
-    a, g, squares, positions, channels, outer, groups,
-    size0, size1, size2, out1, out2, taps, kernel1, kernel2, stride0, stride1, stride2,
-    before0, before1, before2, dilation0, dilation1, dilation2,
-    AXES: tl.constexpr, BIAS: tl.constexpr, INNER: tl.constexpr, OUTER: tl.constexpr, CHAIN: tl.constexpr,
-    STEP: tl.constexpr, ONE_TAP: tl.constexpr,
-):  # fmt: skip
-    """The sum of squares of one tile of the gradient of one group of one sample: `squares [B, groups, tiles]`."""
-    program = tl.program_id(0)
-    channel, tap, o, first, block = _tile(program, channels, taps, outer, INNER, OUTER, ONE_TAP)
-    block = block.to(tl.int64)  # of B times groups
-    weight, bias = _gradient(
-        a + block * channels * size0 * size1 * size2, g + block * outer * positions, positions, positions,
-        channel, channels, tap, o, outer, BIAS & first,
-        size0, size1, size2, out1, out2, kernel1, kernel2, stride0, stride1, stride2,
-        before0, before1, before2, dilation0, dilation1, dilation2, AXES, CHAIN, STEP, ONE_TAP,
-    )  # fmt: skip
-    weight = tl.where((channel < channels)[:, None] & (o < outer)[None, :], weight, 0.0).to(tl.float64)
-    bias = tl.where(o < outer, bias, 0.0)
-    tl.store(squares + program, tl.sum(weight * weight) + tl.sum(bias * bias))
-
-
-@triton.jit(do_not_specialize=["samples", "share", "size", "channels", "outer", "groups", *_GEOMETRY])
-def tile_sums(
-    a, g, coef, out, samples, share, size, positions, channels, outer, groups,
-    size0, size1, size2, out1, out2, taps, kernel1, kernel2, stride0, stride1, stride2,
-    before0, before1, before2, dilation0, dilation1, dilation2,
-    AXES: tl.constexpr, BIAS: tl.constexpr, INNER: tl.constexpr, OUTER: tl.constexpr, CHAIN: tl.constexpr,
-    STEP: tl.constexpr, ONE_TAP: tl.constexpr,
-):  # fmt: skip
-    """One tile of the sum over `share` samples, into its own part of `out [splits, size]`: the weight, then the bias.
-
-    Each sample is summed over its positions before its factor and the others, in float64.
-    """
-    program = tl.program_id(0)
-    channel, tap, o, first, rest = _tile(program, channels, taps, outer, INNER, OUTER, ONE_TAP)
-    group, split = (rest % groups).to(tl.int64), (rest // groups).to(tl.int64)
-    weight_total, bias_total = tl.zeros([INNER, OUTER], tl.float64), tl.zeros([OUTER], tl.float64)
-    for sample in range(split * share, tl.minimum(split * share + share, samples)):
-        c = wide(tl.load(coef + sample)).to(tl.float64)
-        count = tl.where(c > 0, positions, 0)  # what is clipped away is not read
-        block = sample * groups + group
-        weight, bias = _gradient(
-            a + block * channels * size0 * size1 * size2, g + block * outer * positions, count, positions,
-            channel, channels, tap, o, outer, BIAS & first,
-            size0, size1, size2, out1, out2, kernel1, kernel2, stride0, stride1, stride2,
-            before0, before1, before2, dilation0, dilation1, dilation2, AXES, CHAIN, STEP, ONE_TAP,
-        )  # fmt: skip
-        c = tl.where(c > 0, c, 0.0)
-        weight_total += c * weight.to(tl.float64)
-        bias_total += c * bias
-    row = group * outer + o
-    place = out + split * size + row[None, :] * (channels * taps) + (channel * taps + tap)[:, None]
-    mask = (channel < channels)[:, None] & (o < outer)[None, :]
-    tl.store(place, weight_total.to(out.dtype.element_ty), mask)
-    if BIAS:
-        place = out + split * size + groups * outer * channels.to(tl.int64) * taps + row
-        tl.store(place, bias_total.to(out.dtype.element_ty), first & (o < outer))
-
 
 @triton.jit(do_not_specialize=["channels", "pixels", "blocks"])
 def pixel_squares(a, out, channels, pixels, blocks, WIDTH: tl.constexpr):
-    """Float64 `[B, groups, *]`: the sum over a group's channels of the squared activations."""
+    """Float64 `[B, groups, *]`: squared activations added up over a group's channels, which all taps then share."""
     program = tl.program_id(0)
     block = (program // blocks).to(tl.int64)
     pixel = (program % blocks).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
@@ -195,7 +35,7 @@ def pixel_squares(a, out, channels, pixels, blocks, WIDTH: tl.constexpr):
     tl.store(out + block * pixels + pixel, total, pixel < pixels)
 
 
-@triton.jit(do_not_specialize=["positions", "outer", "blocks", *_GEOMETRY])
+@triton.jit(do_not_specialize=["positions", "outer", "blocks", *GEOMETRY])
 def window_lengths(
     squares, g, lengths, positions, outer, blocks,
     size0, size1, size2, out1, out2, taps, kernel1, kernel2, stride0, stride1, stride2,
@@ -207,12 +47,12 @@ def window_lengths(
     block = (program // blocks).to(tl.int64)
     t = program % blocks * WIDTH + tl.arange(0, WIDTH)
     there = t < positions
-    u0, u1, u2 = _corner(t, out1, out2, stride0, stride1, stride2, before0, before1, before2)
+    u0, u1, u2 = corner(t, out1, out2, stride0, stride1, stride2, before0, before1, before2)
     squares += block * size0 * size1 * size2
     window = tl.full([WIDTH], 1.0 if BIAS else 0.0, tl.float64)  # a bias is one more input, always 1
     for k in range(taps):
-        v0, v1, v2 = _tap(k, kernel1, kernel2, dilation0, dilation1, dilation2)
-        inside = _inside(u0 + v0, u1 + v1, u2 + v2, size0, size1, size2, AXES)
+        v0, v1, v2 = tap_at(k, kernel1, kernel2, dilation0, dilation1, dilation2)
+        inside = inside_of(u0 + v0, u1 + v1, u2 + v2, size0, size1, size2, AXES)
         at = ((u0 + v0).to(tl.int64) * size1 + (u1 + v1)) * size2 + (u2 + v2)
         window += tl.load(squares + at, there & inside, 0.0)
     g += block * outer * positions + t
@@ -298,12 +138,8 @@ def conv_norm_sq(
     if not samples:
         return norm_sq
     geometry = _geometry(a, g, kernel_size, stride, padding, dilation)
-    channels, outer, positions, pixels = (
-        a.shape[1] // groups,
-        outputs // groups,
-        math.prod(g.shape[2:]),
-        a[0, 0].numel(),
-    )
+    channels, outer = a.shape[1] // groups, outputs // groups
+    positions, pixels = math.prod(g.shape[2:]), math.prod(a.shape[2:])
     inner, each, flags = channels * math.prod(kernel_size), samples * groups, {"AXES": len(kernel_size), "BIAS": bias}
     tiles, options = _launch(channels, math.prod(kernel_size), outer, positions, device)
     width, blocks = layers(device).conv_width, triton.cdiv(positions, layers(device).conv_width)
@@ -311,8 +147,9 @@ def conv_norm_sq(
     squares = torch.empty(each, tiles, dtype=torch.float64, device=device)
     sources = torch.empty(each, pixels, dtype=torch.float64, device=device)
     lengths = torch.empty(each, blocks, dtype=torch.float64, device=device)
-    # The computed norm may be off by e, and so may the sum. What vanishes is less than T sqrt(O J) 2^-126 in either,
-    # which is to be compared with a norm above 2^-63. The rest are roundings of float64.
+    # The norm computed here may be off by e, and so may the sum. Products below 2^-126 may vanish, in either: T of them
+    # in each of O J entries, beside a norm above 2^-63. (What goes into tensor cores is not flushed, nor is it by the
+    # instructions for float32: Fasi et al. 2021 on the former.) The rest are roundings of float64.
     error = 2 * float(sum_error(torch.ones((), dtype=torch.float64), positions, torch.float32))
     terms = outputs * (inner + 1) + 2 * (inner + outer + positions) + 32
     growth = 1 + terms * 2.0**-52 + positions * math.sqrt(outputs * (inner + 1)) * 2.0**-60

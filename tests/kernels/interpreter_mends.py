@@ -54,3 +54,11 @@ def install() -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
 
     interpreter._patch_lang_tensor = patched
+    call = interpreter.InterpretedFunction.__call__
+
+    def called(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """A kernel has patched `tl` for the functions it calls; to do so again at each call takes longer than they."""
+        own = self.fn.__module__.startswith("adamix_kernels")
+        return self.rewrite()(*args, **kwargs) if own else call(self, *args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = called
