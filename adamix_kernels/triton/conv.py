@@ -119,7 +119,7 @@ def _launch(channels: int, taps: int, outer: int, positions: int, device: torch.
     outputs, chain = fit(outer, sizes.conv_outer), fit(positions, sizes.conv_chain)
     tiles = taps * triton.cdiv(channels, inner) if one_tap else triton.cdiv(channels * taps, inner)
     tile = {"INNER": inner, "OUTER": outputs, "CHAIN": chain, "STEP": min(chain, sizes.conv_step), "ONE_TAP": one_tap}
-    return tiles * triton.cdiv(outer, outputs), {**tile, "num_warps": sizes.conv_warps, "num_stages": 1}
+    return tiles * triton.cdiv(outer, outputs), {**tile, **sizes.tile_options()}
 
 
 def conv_norm_sq(

@@ -95,14 +95,21 @@ class LayerLaunch:
     conv_chain: int = 64
     conv_step: int = 32
     conv_warps: int = 8
+    #: The most per thread. Left to itself, ptxas takes fewer in places and spills.
+    conv_registers: int | None = 255
     #: Pixels or positions per program of what the error takes.
     conv_width: int = 256
     conv_width_warps: int = 4
 
+    def tile_options(self) -> dict[str, int]:
+        limit = {} if self.conv_registers is None else {"maxnreg": self.conv_registers}
+        return {"num_warps": self.conv_warps, "num_stages": 1, **limit}
+
 
 LAYER_LAUNCHES: dict[int | str, LayerLaunch] = {
-    "gfx942": LayerLaunch(channel_warps=2, embedding_warps=1, conv_warps=4, conv_width_warps=2),
+    "gfx942": LayerLaunch(channel_warps=2, embedding_warps=1, conv_warps=4, conv_registers=None, conv_width_warps=2),
     "default": LayerLaunch(),
+    "interpreter": LayerLaunch(conv_registers=None),
 }
 
 

@@ -98,8 +98,11 @@ def compiled(target: str, variant: Variant) -> Any:
     return built(target, variant.kernel, variant.given, options)
 
 
-def built(target: str, kernel: Any, given: dict[str, Any], options: dict[str, int]) -> Any:
-    """As the launcher would: pointers are multiples of 16 bytes, but for those it is told nothing about."""
+def built(target: str, kernel: Any, given: dict[str, Any], options: dict[str, int], multiples: Any = ()) -> Any:
+    """As the launcher would: pointers are multiples of 16 bytes, but for those it is told nothing about.
+
+    So are the numbers named in `multiples`.
+    """
     gpu = TARGETS[target][0]
     unknown = {p.name for p in kernel.params if p.do_not_specialize_on_alignment}
     signature: dict[str, str] = {}
@@ -109,7 +112,7 @@ def built(target: str, kernel: Any, given: dict[str, Any], options: dict[str, in
         value = given.get(name, "i32")
         if isinstance(value, str):
             signature[name] = value
-            if value.startswith("*") and name not in unknown:
+            if (value.startswith("*") and name not in unknown) or name in multiples:
                 hints[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[name], constants[(i,)] = "constexpr", value

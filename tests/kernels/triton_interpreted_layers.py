@@ -31,7 +31,7 @@ OPS = [
     kernels.conv_norm_sq,
     kernels.conv_clip_sum,
 ]
-ACTUAL = launch.LayerLaunch()
+ACTUAL = launch.LAYER_LAUNCHES["interpreter"]
 #: Many programs, tiles, chunks and runs that cross them even of small inputs.
 TINY = replace(
     ACTUAL, channel_tile=16, embedding_width=4, embedding_chunk=5, conv_inner=16, conv_mixed=16, conv_outer=16,
