@@ -154,7 +154,7 @@ def conv_norm_sq(
     terms = outputs * (inner + 1) + 2 * (inner + outer + positions) + 32
     growth = 1 + terms * 2.0**-52 + positions * math.sqrt(outputs * (inner + 1)) * 2.0**-60
     sizes = config(device)
-    lanes = min(triton.next_power_of_2(groups), sizes.finish_tile)
+    lanes = min(triton.next_power_of_2(groups), sizes.finish_tile // 4)
     # fmt: off
     with on(device):
         tile_norms[(each * tiles,)](a, g, squares, positions, channels, outer, groups, *geometry, **flags, **options)

@@ -68,7 +68,7 @@ def variants(target: str, kind: str) -> Iterator[Variant]:
         "WIDTH": layers.conv_width,
     }
     yield Variant("window_lengths", conv.window_lengths, given, options)
-    for groups in (1, sizes.finish_tile):
+    for groups in (1, sizes.finish_tile // 4):
         given = {"squares": "*fp64", "lengths": "*fp64", "norm_sq": "*fp32", "GROUPS": groups,
                  "PARTS": sizes.finish_tile // groups}  # fmt: skip
         yield Variant(f"finish_groups {groups}", conv.finish_groups, given, sizes.options(sizes.finish_warps))
