@@ -94,9 +94,12 @@ _attach(
     lambda tensor, std, noise: not_writable(tensor) or _refused(*as_list(tensor), std) or overlap(tensor),
 )
 _attach(norm_quantile, "quantile", lambda **given: _refused(*given.values()))
-for _op in (scale_shift_norm_sq, scale_shift_clip_sum):
-    _attach(_op, "scale_shift", lambda **given: _refused(*given.values()))
-for _op in (embedding_norm_sq, embedding_clip_sum):
-    _attach(_op, "embedding", lambda **given: _refused(*given.values()))
+_LAYERS: list[tuple[str, tuple[Any, Any]]] = [
+    ("scale_shift", (scale_shift_norm_sq, scale_shift_clip_sum)),
+    ("embedding", (embedding_norm_sq, embedding_clip_sum)),
+]
+for _module, _ops in _LAYERS:
+    for _op in _ops:
+        _attach(_op, _module, lambda **given: _refused(*given.values()))
 for _op in (conv_norm_sq, conv_clip_sum):
     _attach(_op, "conv", lambda **given: _large(**given) or _refused(*given.values()), _FLOAT32)

@@ -81,7 +81,7 @@ def _gradient(
 ):  # fmt: skip
     """Float32 `[J, O]`, over the first `count` positions of one group of one sample, which lies at a and g.
 
-    And float64 `[O]` of the bias, where it is asked for. What lies beyond the channels and outputs means nothing.
+    And float64 `[O]` of the bias, where it is asked for.
     """
     v0, v1, v2 = tap_at(tap, kernel1, kernel2, dilation0, dilation1, dilation2)
     if not ONE_TAP:
@@ -124,8 +124,7 @@ def tile_norms(
         size0, size1, size2, out1, out2, kernel1, kernel2, stride0, stride1, stride2,
         before0, before1, before2, dilation0, dilation1, dilation2, AXES, CHAIN, STEP, ONE_TAP,
     )  # fmt: skip
-    weight = tl.where((channel < channels)[:, None] & (o < outer)[None, :], weight, 0.0).to(tl.float64)
-    bias = tl.where(o < outer, bias, 0.0)
+    weight = weight.to(tl.float64)  # beyond the channels and outputs 0, or NaN, but then R is not finite either
     tl.store(squares + program, tl.sum(weight * weight) + tl.sum(bias * bias))
 
 
