@@ -124,8 +124,8 @@ def test_contribution_is_bounded(name: str, narrow: bool) -> None:
     dtype = (
         (torch.bfloat16 if narrow else torch.float32) if name == "conv" else torch.float32 if narrow else torch.float64
     )
-    layer, batch = Layer(name, SHAPES[name][0]), list(samples(dtype, [SHAPES[name]]))
-    assert len(batch) > 40
+    layer, batch = Layer(name, SHAPES[name][0]), list(samples(dtype, [SHAPES[name]]))[::2]
+    assert len(batch) > 20
     factors = [torch.cat(parts) for parts in zip(*batch, strict=True)]
     norms = [layer.norm_sq(*factors)]
     with use_backend("torch"):
@@ -199,7 +199,7 @@ def flat(sums: Any) -> Tensor:
 
 
 @pytest.mark.usefixtures("tiny")
-@pytest.mark.parametrize("ids", [1, 2, 7, 100])
+@pytest.mark.parametrize("ids", [1, 3, 100])
 def test_runs_of_every_length_cross_chunks(ids: int) -> None:
     """Chunks of five: runs of one sample within, across and over several of them, and ids over many samples."""
     for seed, shape in enumerate([(9, 4), (4, 23), (1, 40), (3, 5), (13, 1), (2, 15)]):
