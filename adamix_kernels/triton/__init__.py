@@ -8,8 +8,9 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,10 +19,17 @@ from torch import Tensor
 from adamix_kernels.memory import none_behind, not_writable, overlap
 from adamix_kernels.ops._numerics import as_list
 from adamix_kernels.ops.clip import clip_coef, clip_sum, clip_sum_noise
+from adamix_kernels.ops.conv import conv_clip_sum, conv_norm_sq
+from adamix_kernels.ops.embedding import embedding_clip_sum, embedding_norm_sq
 from adamix_kernels.ops.noise import add_gaussian_noise_
 from adamix_kernels.ops.norm import grad_norm_sq
 from adamix_kernels.ops.quantile import norm_quantile
+from adamix_kernels.ops.scale_shift import scale_shift_clip_sum, scale_shift_norm_sq
+from adamix_kernels.spec import FLOAT_DTYPES
 from adamix_kernels.triton.launch import interpreting
+
+#: Of kernels that sum in float32.
+_FLOAT32 = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @functools.cache
@@ -52,14 +60,22 @@ def _fails_on(device: torch.device) -> str | None:
     return None
 
 
-def _attach(op: Any, module: str, refuses: Callable[..., str | None]) -> None:
+def _large(activations: Tensor, backprops: Tensor, **_: Any) -> str | None:
+    """Within a channel of one sample the kernels for convolutions count in 32 bits."""
+    size = max(math.prod(x.shape[2:]) for x in (activations, backprops))
+    return f"a channel of one sample has {size} elements; this backend takes 2^30" if size > 2**30 else None
+
+
+def _attach(
+    op: Any, module: str, refuses: Callable[..., str | None], dtypes: Sequence[torch.dtype] = FLOAT_DTYPES
+) -> None:
     """`adamix_kernels.triton.<module>` has a function of the op's name."""
 
     @functools.cache
     def kernel() -> Callable[..., Any]:
         return getattr(importlib.import_module(f"adamix_kernels.triton.{module}"), op.name)
 
-    @op.register("triton", device="cuda", unavailable=unavailable, refuses=refuses)
+    @op.register("triton", device="cuda", dtypes=dtypes, unavailable=unavailable, refuses=refuses)
     def run(**arguments: Any) -> Any:
         return kernel()(**arguments)
 
@@ -78,3 +94,12 @@ _attach(
     lambda tensor, std, noise: not_writable(tensor) or _refused(*as_list(tensor), std) or overlap(tensor),
 )
 _attach(norm_quantile, "quantile", lambda **given: _refused(*given.values()))
+_LAYERS: list[tuple[str, tuple[Any, Any]]] = [
+    ("scale_shift", (scale_shift_norm_sq, scale_shift_clip_sum)),
+    ("embedding", (embedding_norm_sq, embedding_clip_sum)),
+]
+for _module, _ops in _LAYERS:
+    for _op in _ops:
+        _attach(_op, _module, lambda **given: _refused(*given.values()))
+for _op in (conv_norm_sq, conv_clip_sum):
+    _attach(_op, "conv", lambda **given: _large(**given) or _refused(*given.values()), _FLOAT32)

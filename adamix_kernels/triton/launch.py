@@ -76,6 +76,43 @@ LAUNCHES: dict[int | str, Launch] = {
 }
 
 
+@dataclass(frozen=True)
+class LayerLaunch:
+    """Of the kernels in `scale_shift`, `embedding` and `conv`. Not measured on a GPU."""
+
+    #: Positions times channels a program loads at a time: 4 per thread of four float64 accumulators.
+    channel_tile: int = 512
+    channel_warps: int = 4
+    #: Columns per program, and sorted positions behind one partial result: two float64 rows per 64.
+    embedding_width: int = 256
+    embedding_chunk: int = 64
+    embedding_warps: int = 2
+    #: A tile of the gradient: inputs, fewer where they are of several taps, by outputs. Positions added up in one chain
+    #: of products, at most 64 (see `sum_error`), and loaded at a time. More of anything spills.
+    conv_inner: int = 64
+    conv_mixed: int = 32
+    conv_outer: int = 64
+    conv_chain: int = 64
+    conv_step: int = 32
+    conv_warps: int = 8
+    #: The most per thread. Left to itself, ptxas takes fewer in places and spills.
+    conv_registers: int | None = 255
+    #: Pixels or positions per program of what the error takes.
+    conv_width: int = 256
+    conv_width_warps: int = 4
+
+    def tile_options(self) -> dict[str, int]:
+        limit = {} if self.conv_registers is None else {"maxnreg": self.conv_registers}
+        return {"num_warps": self.conv_warps, "num_stages": 1, **limit}
+
+
+LAYER_LAUNCHES: dict[int | str, LayerLaunch] = {
+    "gfx942": LayerLaunch(channel_warps=2, embedding_warps=1, conv_warps=4, conv_registers=None, conv_width_warps=2),
+    "default": LayerLaunch(),
+    "interpreter": LayerLaunch(conv_registers=None),
+}
+
+
 def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -91,6 +128,10 @@ def _target(device: torch.device) -> int | str:
 
 def config(device: torch.device) -> Launch:
     return LAUNCHES.get(_target(device), LAUNCHES["gfx942" if torch.version.hip else "default"])
+
+
+def layers(device: torch.device) -> LayerLaunch:
+    return LAYER_LAUNCHES.get(_target(device), LAYER_LAUNCHES["gfx942" if torch.version.hip else "default"])
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:

@@ -38,13 +38,15 @@ def run_alone(name: str, cache: Path, **environment: str) -> None:
 
 
 @needs_triton
-def test_interpreted(tmp_path: Path) -> None:
-    run_alone("triton_interpreted.py", tmp_path, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+@pytest.mark.parametrize("name", ["triton_interpreted.py", "triton_interpreted_layers.py"])
+def test_interpreted(name: str, tmp_path: Path) -> None:
+    run_alone(name, tmp_path, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
 
 
 @needs_triton
-def test_compiled_ahead_of_time(tmp_path: Path) -> None:
-    run_alone("triton_compiled.py", tmp_path)
+@pytest.mark.parametrize("name", ["triton_compiled.py", "triton_compiled_layers.py"])
+def test_compiled_ahead_of_time(name: str, tmp_path: Path) -> None:
+    run_alone(name, tmp_path)
 
 
 @pytest.mark.skipif(unavailable() is None, reason="the backend can run here")
@@ -61,6 +63,14 @@ def test_launches_are_powers_of_two() -> None:
                 assert value > 0 and value & (value - 1) == 0
         assert sizes.sum_width % 8 == 0 and sizes.noise_width % 8 == 0, "whole blocks of ChaCha20"
         assert sizes.norm_block % (4 * sizes.norm_width) == 0 and sizes.norm_width <= sizes.norm_tile
+
+
+def test_launches_of_layers() -> None:
+    for sizes in launch.LAYER_LAUNCHES.values():
+        for name, value in vars(sizes).items():
+            assert name == "conv_registers" or (value > 0 and value & (value - 1) == 0)
+        assert 16 <= sizes.conv_step <= sizes.conv_chain <= 64, "chains of products as `sum_error` takes them to be"
+        assert min(sizes.conv_inner, sizes.conv_mixed, sizes.conv_outer) >= 16, "the least for products of matrices"
 
 
 def test_blocks_start_at_multiples_of_the_unit() -> None:
