@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adamix_kernels.memory import plain
 from adamix_kernels.ops._factored import sum_error
-from adamix_kernels.ops.conv import ConvSum, _axes
+from adamix_kernels.ops.conv import ConvSum, conv_axes
 from adamix_kernels.triton._conv_tiles import GEOMETRY, corner, inside_of, tap_at, tile_norms, tile_sums
 from adamix_kernels.triton._partials import add, split
 from adamix_kernels.triton._random import double as joined
@@ -96,7 +96,7 @@ def _geometry(
     activations: Tensor, backprops: Tensor, kernel_size: Sequence[int], stride: Any, padding: Any, dilation: Any
 ) -> tuple[int, ...]:
     """As the kernels take it, with three axes."""
-    axes = _axes(kernel_size, stride, padding, dilation)
+    axes = conv_axes(kernel_size, stride, padding, dilation)
     missing = 3 - len(axes)
     ones, zeros = (1,) * missing, (0,) * missing
     return (
