@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -13,13 +14,15 @@ import torch
 def medians(contenders: Mapping[str, Callable[[], Any]], device: str, rounds: int) -> dict[str, float]:
     """Seconds of each contender: the median over rounds in which each runs once, after one round that is not counted.
 
-    On a GPU the time between two events on the stream; there one buffer larger than the L2 cache is written before
-    every run, so that no contender finds its input in the cache.
+    In each round in another order, so that none always finds the caches as one other leaves them. On a GPU the time
+    between two events on the stream; there one buffer larger than the L2 cache is written before every run, so that no
+    contender finds its input in the cache.
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     flush = torch.empty(1 << 28, dtype=torch.uint8, device=device) if device == "cuda" else None
+    shuffle = random.Random(0)
     for count in range(rounds + 1):
-        for name, run in contenders.items():
+        for name, run in shuffle.sample(list(contenders.items()), len(contenders)):
             if flush is None:
                 start = time.perf_counter()
                 run()

@@ -43,10 +43,13 @@ float scale_of(double* lengths, int64_t count) {
 struct Lengths {
   std::vector<double> a, g, r;
 
-  Lengths(const Factors& f, bool bias, int threads) : a(f.samples * f.positions), g(a.size()), r(f.samples) {
+  explicit Lengths(const Factors& f) : a(f.samples * f.positions), g(a.size()), r(f.samples) {}
+
+  // By all threads of a parallel region.
+  void measure(const Factors& f, bool bias) {
     constexpr int64_t kShare = 256;  // positions
-    const int64_t columns = f.activations.columns + f.backprops.columns, shares = (f.positions + kShare - 1) / kShare;
-#pragma omp parallel for num_threads(threads) schedule(static) if (f.samples * f.positions * columns > kSerial)
+    const int64_t shares = (f.positions + kShare - 1) / kShare;
+#pragma omp for schedule(static)
     for (int64_t task = 0; task < f.samples * shares; ++task) {
       const int64_t sample = task / shares, first = task % shares * kShare;
       const int64_t n = std::min(kShare, f.positions - first), at = sample * f.positions + first;
@@ -57,7 +60,12 @@ struct Lengths {
         g[k] = std::sqrt(g[k]);
       }
     }
-    add_up(f.positions);
+  }
+
+  void add_up(int64_t positions) {
+    for (size_t b = 0; b < r.size(); ++b)
+      r[b] =
+          std::inner_product(a.data() + b * positions, a.data() + (b + 1) * positions, g.data() + b * positions, 0.0);
   }
 
   std::vector<Scale> bring_near_one(int64_t positions) {
@@ -66,13 +74,6 @@ struct Lengths {
       scales.push_back({scale_of(a.data() + b * positions, positions), scale_of(g.data() + b * positions, positions)});
     add_up(positions);
     return scales;
-  }
-
- private:
-  void add_up(int64_t positions) {
-    for (size_t b = 0; b < r.size(); ++b)
-      r[b] =
-          std::inner_product(a.data() + b * positions, a.data() + (b + 1) * positions, g.data() + b * positions, 0.0);
   }
 };
 
@@ -210,18 +211,24 @@ Sums gram_task(const Factors& f, bool bias, Scale scale, int64_t sample, int64_t
 }  // namespace
 
 std::vector<double> factored_norm_sq(const Factors& f, bool bias, bool gram, int threads) {
-  const Lengths lengths(f, bias, threads);
   const int64_t inputs = f.activations.columns, outputs = f.backprops.columns, positions = f.positions;
   const int64_t parts = positions == 1 ? 0
                         : gram         ? (positions + kGramT - 1) / kGramT
                                        : (outputs + kTallBlock - 1) / kTallBlock;
   std::vector<Sums> partial(f.samples * parts);
-  Lengths scaled = lengths;
-  const std::vector<Scale> scales = scaled.bring_near_one(positions);
-  const int64_t work_size = f.samples * positions * std::min(inputs * outputs, positions * (inputs + outputs));
-#pragma omp parallel num_threads(threads) if (work_size > kSerial)
+  Lengths lengths(f), scaled(f);
+  std::vector<Scale> scales;
+  const int64_t products = std::min(inputs * outputs, positions * (inputs + outputs)) * (positions > 1);
+#pragma omp parallel num_threads(threads) if (f.samples * positions * (inputs + outputs + products) > kSerial)
   {
     Workspace work;
+    lengths.measure(f, bias);
+#pragma omp single
+    {
+      lengths.add_up(positions);
+      scaled = lengths;
+      scales = scaled.bring_near_one(positions);
+    }
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < static_cast<int64_t>(partial.size()); ++task) {
       const int64_t sample = task / parts, part = parts - 1 - task % parts;  // the largest of `gram` first
