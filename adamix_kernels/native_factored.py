@@ -11,6 +11,7 @@ from torch import Tensor
 
 from adamix_kernels.memory import none_behind, plain
 from adamix_kernels.native import CPU, compiled, dtype_of, unavailable
+from adamix_kernels.ops._factored import by_gram
 from adamix_kernels.ops.conv import ConvSum, conv_axes, conv_clip_sum, conv_norm_sq
 from adamix_kernels.ops.head import HeadSum, softmax_head_clip_sum_noise
 from adamix_kernels.ops.head_variants import softmax_head_coordinates
@@ -45,15 +46,10 @@ def _layer(activations: Tensor, backprops: Tensor) -> tuple[Tensor, Tensor, tupl
     return a, g, (a.shape[0], math.prod(a.shape[1:-1]), a.shape[-1], g.shape[-1])
 
 
-def by_gram(positions: int, inputs: int, outputs: int) -> bool:
-    """Whether products of positions with positions, half of them by symmetry, are the cheaper."""
-    return positions * (inputs + outputs) < 2 * inputs * outputs
-
-
 @register(linear_norm_sq, "activations", "backprops")
 def _linear_norm_sq(activations: Tensor, backprops: Tensor, bias: bool, method: str) -> Tensor:
     a, g, sizes = _layer(activations, backprops)
-    gram = by_gram(*sizes[1:]) if method == "auto" else method == "gram"
+    gram = by_gram("cpp", *sizes[1:]) if method == "auto" else method == "gram"
     out = torch.empty(len(a), dtype=torch.float32, device=CPU)
     compiled().linear_norm_sq(address(a), address(g), *sizes, bias, gram, out.data_ptr(), torch.get_num_threads())
     return out
@@ -105,7 +101,7 @@ def _conv_norm_sq(activations: Tensor, backprops: Tensor, *, groups: int, bias: 
     a, g = plain(activations), plain(backprops)
     shape, positions, window = _conv(a, g, groups=groups, **settings)
     out = torch.empty(len(a), dtype=torch.float32, device=CPU)
-    gram = by_gram(positions, window, g.shape[1] // groups)
+    gram = by_gram("cpp", positions, window, g.shape[1] // groups)
     compiled().conv_norm_sq(address(a), address(g), len(a), shape, bias, gram, out.data_ptr(), torch.get_num_threads())
     return out
 
