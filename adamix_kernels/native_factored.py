@@ -27,8 +27,8 @@ def address(x: Tensor) -> tuple[int, Any]:
 
 
 def draw(noise: Noise | None, std: float) -> tuple[list[int], int, float] | None:
-    """What a kernel is told of the noise; takes a draw if there is to be any."""
-    return (noise._key, noise.next_draw(), std) if noise is not None and std else None
+    """What a kernel is told of the noise, for which it takes a draw."""
+    return None if noise is None else (noise._key, noise.next_draw(), std)
 
 
 def register(op: Any, *tensors: str) -> Callable[[Any], Any]:
@@ -75,7 +75,7 @@ def _linear_clip_sum(
         *sizes,
         weight.data_ptr(),
         0 if shift is None else shift.data_ptr(),
-        draw(noise, float(std)),
+        draw(noise if isinstance(std, Tensor) or std else None, float(std)),
         torch.get_num_threads(),
     )
     return LinearSum(weight, shift)
@@ -150,7 +150,6 @@ def _softmax_head_clip_sum_noise(
 ) -> HeadSum:
     described, _alive = _head(features, labels, weight, bias)
     threshold = float(max_grad_norm)
-    std = noise_multiplier * threshold if noise_multiplier else 0.0  # 0 times an infinite threshold is none
     sums = torch.empty(weight.shape, dtype=torch.float32, device=CPU)
     shift = None if bias is None else torch.empty(len(bias), dtype=torch.float32, device=CPU)
     norm_sq = torch.empty(len(features), dtype=torch.float32, device=CPU)
@@ -160,7 +159,7 @@ def _softmax_head_clip_sum_noise(
         sums.data_ptr(),
         0 if shift is None else shift.data_ptr(),
         norm_sq.data_ptr(),
-        draw(noise, std),
+        draw(noise if noise_multiplier else None, noise_multiplier * threshold),
         torch.get_num_threads(),
     )
     return HeadSum(sums, shift, norm_sq, torch.tensor(loss, dtype=torch.float32, device=CPU))

@@ -121,6 +121,21 @@ def test_noise_is_one_draw_whatever_the_regions(mode: str) -> None:
         torch.testing.assert_close(added, expected, rtol=1e-6, atol=1e-2)
 
 
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+def test_draws_are_counted_alike(backend: str) -> None:
+    """Also where the deviation is a tensor that happens to be 0: later noise must not depend on the backend."""
+    a, g, coef, zero = randn(1, 3, 5), randn(2, 3, 4), torch.ones(3), torch.tensor(0.0)
+    x, labels, weight = randn(3, 3, 5), torch.arange(3), randn(4, 4, 5)
+    source = Noise(seed=0)
+    with use_backend(backend):
+        for std, draws in [(0.0, 0), (zero, 1), (0.5, 2)]:
+            linear_clip_sum(a, g, coef, False, source, std)
+            assert source._draws == draws
+        for threshold, multiplier, draws in [(1.0, 0.0, 2), (torch.inf, 0.0, 2), (zero, 1.0, 3), (1.0, 1.0, 4)]:
+            softmax_head_clip_sum_noise(x, labels, weight, None, threshold, multiplier, source)
+            assert source._draws == draws
+
+
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 def test_float64_is_left_to_torch(op: Op[..., Any]) -> None:
     arguments = inputs(op, op.cases()[0], torch.float64, "cpu")
