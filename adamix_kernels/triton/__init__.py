@@ -9,7 +9,7 @@ import functools
 import importlib
 import importlib.util
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,10 +18,17 @@ from torch import Tensor
 from adamix_kernels.memory import none_behind, not_writable, overlap
 from adamix_kernels.ops._numerics import as_list
 from adamix_kernels.ops.clip import clip_coef, clip_sum, clip_sum_noise
+from adamix_kernels.ops.head import softmax_head_clip_sum_noise
+from adamix_kernels.ops.head_variants import softmax_head_coordinates
+from adamix_kernels.ops.linear import linear_clip_sum, linear_norm_sq
 from adamix_kernels.ops.noise import add_gaussian_noise_
 from adamix_kernels.ops.norm import grad_norm_sq
 from adamix_kernels.ops.quantile import norm_quantile
+from adamix_kernels.spec import FLOAT_DTYPES
 from adamix_kernels.triton.launch import interpreting
+
+#: Of kernels that sum in float32.
+_FLOAT32 = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @functools.cache
@@ -52,14 +59,16 @@ def _fails_on(device: torch.device) -> str | None:
     return None
 
 
-def _attach(op: Any, module: str, refuses: Callable[..., str | None]) -> None:
+def _attach(
+    op: Any, module: str, refuses: Callable[..., str | None], dtypes: Sequence[torch.dtype] = FLOAT_DTYPES
+) -> None:
     """`adamix_kernels.triton.<module>` has a function of the op's name."""
 
     @functools.cache
     def kernel() -> Callable[..., Any]:
         return getattr(importlib.import_module(f"adamix_kernels.triton.{module}"), op.name)
 
-    @op.register("triton", device="cuda", unavailable=unavailable, refuses=refuses)
+    @op.register("triton", device="cuda", dtypes=dtypes, unavailable=unavailable, refuses=refuses)
     def run(**arguments: Any) -> Any:
         return kernel()(**arguments)
 
@@ -78,3 +87,7 @@ _attach(
     lambda tensor, std, noise: not_writable(tensor) or _refused(*as_list(tensor), std) or overlap(tensor),
 )
 _attach(norm_quantile, "quantile", lambda **given: _refused(*given.values()))
+_attach(linear_norm_sq, "linear_norm", lambda **given: _refused(*given.values()), _FLOAT32)
+_attach(linear_clip_sum, "linear_sum", lambda **given: _refused(*given.values()), _FLOAT32)
+_attach(softmax_head_clip_sum_noise, "head", lambda **given: _refused(*given.values()), _FLOAT32)
+_attach(softmax_head_coordinates, "head", lambda **given: _refused(*given.values()), _FLOAT32)

@@ -1,7 +1,8 @@
 """Mends what is wrong with Triton's interpreter and would show in the kernels here.
 
 It keeps bfloat16 as uint16 and converts it wrongly. The kernels compute in float32 or float64 and meet bfloat16 only
-where they load and store, so the two conversions are enough. And in Triton 3.6, numpy 2.4 refuses its loop bounds.
+where they load and store, so the two conversions are enough; but for products of matrices, which it takes as integers.
+And in Triton 3.6, numpy 2.4 refuses its loop bounds.
 """
 
 from __future__ import annotations
@@ -36,6 +37,16 @@ def install() -> None:
         return original(x, source, target, rounding_mode)
 
     interpreter._convert_float = convert
+    dot = interpreter.InterpreterBuilder.create_dot
+
+    def product(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        a, b = (
+            interpreter.TensorHandle(_widened(x.data), tl.float32) if x.dtype.scalar == tl.bfloat16 else x
+            for x in (a, b)
+        )
+        return dot(self, a, b, *rest)
+
+    interpreter.InterpreterBuilder.create_dot = product
     patch = interpreter._patch_lang_tensor
 
     def patched(tensor: Any, scope: Any) -> None:

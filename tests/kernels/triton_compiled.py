@@ -92,25 +92,30 @@ def runs() -> Iterator[Any]:
 
 
 def compiled(target: str, variant: Variant) -> Any:
+    sizes = TARGETS[target][1]
+    warps = getattr(sizes, variant.warps)
+    options = {"num_warps": warps} if variant.kernel is quantile.order_statistic else sizes.options(warps)
+    return built(target, variant.kernel, variant.given, options)
+
+
+def built(target: str, kernel: Any, given: dict[str, Any], options: dict[str, int]) -> Any:
     """As the launcher would: pointers are multiples of 16 bytes, but for those it is told nothing about."""
-    gpu, sizes, _ = TARGETS[target]
-    unknown = {p.name for p in variant.kernel.params if p.do_not_specialize_on_alignment}
+    gpu = TARGETS[target][0]
+    unknown = {p.name for p in kernel.params if p.do_not_specialize_on_alignment}
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
     hints: dict[tuple[int, ...], Any] = {}
-    for i, name in enumerate(variant.kernel.arg_names):
-        value = variant.given.get(name, "i32")
+    for i, name in enumerate(kernel.arg_names):
+        value = given.get(name, "i32")
         if isinstance(value, str):
             signature[name] = value
             if value.startswith("*") and name not in unknown:
                 hints[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[name], constants[(i,)] = "constexpr", value
-    warps = getattr(sizes, variant.warps)
-    options = {"num_warps": warps} if variant.kernel is quantile.order_statistic else sizes.options(warps)
     known = vars(triton.compiler.make_backend(gpu).parse_options(options))
     assert options.keys() <= known.keys(), "the launcher refuses options that it does not know"
-    return triton.compile(ASTSource(variant.kernel, signature, constants, hints), target=gpu, options=options)
+    return triton.compile(ASTSource(kernel, signature, constants, hints), target=gpu, options=options)
 
 
 @functools.cache
