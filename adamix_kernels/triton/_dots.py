@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+# No narrow number is made float32 for a product with float32 in a kernel: for 10.0, Triton multiplies these in TF32
+# whatever it is told (its issue 10176). `alike` does it before.
+#
 # A chain is what is added up in one float32 accumulator before that goes to another: 64 terms at most. On tensor cores
 # each 17 terms, 16 products and the sum so far, may be cut at 2^-24 of the largest: (17 / 16 + 1 / 8) 64 2^-24 and less
 # of the sum of the products' sizes. Of multiply-adds each rounds by half of that. The 64 + 16 of `float32_error` is
@@ -22,21 +27,19 @@ def _thirds(x):
 
 @triton.jit
 def product(x, y, chain):
-    """`chain + x @ y` in float32: on tensor cores, but for float32 alone or beside float16.
+    """`chain + x @ y` in float32: operands of one type, or float32 beside bfloat16 as three exact products.
 
-    Float32 beside bfloat16 is three exact products. The smallest comes first: where `chain` is 0, the other two are cut
-    at 2^-8 and 2^-16 of what the last is. So there a chain is one such product.
+    The smallest comes first: where `chain` is 0, the other two are cut at 2^-8 and 2^-16 of what the last is. So there
+    a chain is one such product.
     """
     if x.dtype == y.dtype:
         return tl.dot(x, y, chain, input_precision="ieee")
-    elif (x.dtype == tl.bfloat16) & (y.dtype == tl.float32):
-        high, middle, low = _thirds(y)
-        return tl.dot(x, high, tl.dot(x, middle, tl.dot(x, low, chain)))
-    elif (x.dtype == tl.float32) & (y.dtype == tl.bfloat16):
+    elif x.dtype == tl.float32:
         high, middle, low = _thirds(x)
         return tl.dot(high, y, tl.dot(middle, y, tl.dot(low, y, chain)))
     else:
-        return tl.dot(x.to(tl.float32), y.to(tl.float32), chain, input_precision="ieee")
+        high, middle, low = _thirds(y)
+        return tl.dot(x, high, tl.dot(x, middle, tl.dot(x, low, chain)))
 
 
 @triton.jit
@@ -93,3 +96,10 @@ def balanced(coef, length):
     size = _exponent(coef) + tl.minimum(tl.maximum(_exponent(length), -100), 100)
     shift = tl.maximum(tl.where(size < 0, tl.minimum(size + 20, 0), size), -126)
     return coef * _power(-shift), _power(shift)
+
+
+def alike(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """In types that `product` takes."""
+    if x.dtype == y.dtype or {x.dtype, y.dtype} == {torch.bfloat16, torch.float32}:
+        return x, y
+    return x.float(), y.float()

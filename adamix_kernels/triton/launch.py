@@ -161,7 +161,7 @@ class Tile:
             rows=high,
             cols=wide,
             depth=deep,
-            warps=self.warps if 2 * high * wide > self.rows * self.cols else min(4, self.warps),
+            warps=self.warps if 4 * high * wide >= self.rows * self.cols else min(4, self.warps),
             chain=self.chain if terms > deep else deep,
         )
 
@@ -188,6 +188,7 @@ class Tiles:
 
 _MIXED = Tile(64, 64, depth=32, warps=4, stages=2, chain=32)
 _SINGLE = Tile(64, 64, depth=16, warps=4, stages=2)
+_SPREAD = replace(_SINGLE, warps=8)
 
 
 @dataclass(frozen=True)
@@ -197,11 +198,11 @@ class Matrix:
     #: A tile has two accumulators in float32, the chain and the total.
     direct: Tiles = Tiles(Tile(128, 128, depth=32, warps=8, stages=3), _MIXED, _SINGLE)
     #: Square. Each of the two dots is of one type, so nothing is mixed.
-    gram: Tiles = Tiles(Tile(64, 64, depth=32, warps=4, stages=3), _SINGLE, _SINGLE)
+    gram: Tiles = Tiles(Tile(64, 64, depth=32, warps=4, stages=3), _SPREAD, _SPREAD)
     #: The clipped sums have a float64 total besides: four registers for each entry.
-    sums: Tiles = Tiles(Tile(128, 64, depth=32, warps=8, stages=3), _MIXED, _SINGLE)
+    sums: Tiles = Tiles(Tile(128, 64, depth=32, warps=8, stages=3), replace(_MIXED, warps=8), _SPREAD)
     #: Rows are samples, columns are classes.
-    scores: Tiles = Tiles(Tile(64, 64, depth=32, warps=4, stages=3), _MIXED, _SINGLE)
+    scores: Tiles = Tiles(Tile(64, 64, depth=32, warps=8, stages=3), replace(_MIXED, warps=8), _SPREAD)
     #: With fewer programs than this the samples are split among several, each with this many positions at least.
     programs: int = 2 * 132
     share: int = 256
@@ -221,9 +222,14 @@ _CDNA = Tiles(_NARROW, replace(_MIXED, stages=1), replace(_SINGLE, stages=1))
 
 #: As `LAUNCHES`. A multiprocessor takes two programs of the sums.
 MATRICES: dict[int | str, Matrix] = {
-    8: Matrix(programs=2 * 108, residuals=24 << 20),
+    8: Matrix(
+        direct=Tiles(Tile(128, 64, depth=32, warps=8, stages=3), _MIXED, _SINGLE),
+        programs=2 * 108,
+        residuals=24 << 20,
+    ),
     9: Matrix(),
-    10: Matrix(programs=2 * 148),
+    # ptxas gives 128 registers to what loads ahead there, and spills.
+    10: Matrix(sums=replace(Matrix.sums, mixed=replace(_MIXED, warps=8, stages=1)), programs=2 * 148),
     "gfx942": Matrix(
         direct=_CDNA,
         gram=replace(_CDNA, mixed=_CDNA.single),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adamix_kernels.memory import plain
 from adamix_kernels.ops._factored import float32_error, positions_axis
-from adamix_kernels.triton._dots import inner_products, outer_products
+from adamix_kernels.triton._dots import alike, inner_products, outer_products
 from adamix_kernels.triton._random import double as joined
 from adamix_kernels.triton.launch import Matrix, double, matrix, method_rule, on
 from adamix_kernels.triton.norm import round_up, wide
@@ -167,6 +167,7 @@ def linear_norm_sq(activations: Tensor, backprops: Tensor, bias: bool = False, m
 
 def _direct(a: Tensor, g: Tensor, bias: bool, sizes: Matrix) -> Tensor:
     (samples, positions, inner), outer = a.shape, g.shape[2]
+    a, g = alike(a, g)
     tile = sizes.direct.of(a.dtype, g.dtype).fit(outer, inner, positions)
     tiles = triton.cdiv(outer, tile.rows) * triton.cdiv(inner, tile.cols)
     blocks = triton.cdiv(outer, sizes.bias_cols) if bias else 0

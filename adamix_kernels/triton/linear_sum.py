@@ -61,7 +61,7 @@ def sample_sums(
         part = tl.zeros([ROWS, COLS], tl.float32)
         for link in range(start, tl.minimum(start + SPAN // CHAIN, last)):
             sample, first = link // chains, (link % chains).to(tl.int32) * CHAIN
-            c = wide(tl.load(coef + sample)).to(tl.float32)
+            c = tl.load(coef + sample)
             own_a, own_g = a + sample * positions * inner, g + sample * positions * outer
             chain = outer_products(own_a, inner, i, own_g, outer, o, first, positions, DEPTH, CHAIN)
             part = tl.where(c > 0, part + c * chain, part)
@@ -73,32 +73,31 @@ def sample_sums(
             do_not_specialize_on_alignment=["coef"])  # fmt: skip
 def position_sums(
     a, g, coef, length, out, rows, positions, inner, outer, tiles, share, size,
-    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, CHAIN: tl.constexpr, SPAN: tl.constexpr,
-    MORE: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, SPAN: tl.constexpr, MORE: tl.constexpr,
 ):  # fmt: skip
     """A program sums `share` rows of `a [rows, inner]` and `g [rows, outer]`; each sample has `positions` of them.
 
-    The factor goes to the rows of g, in float32. `MORE`: `out` holds a sum already.
+    The factor goes to the rows of g, in float32. On tensor cores a dot is a chain; in multiply-adds SPAN positions are.
+    `MORE`: `out` holds a sum already.
     """
     o, i, split = _place(tl.program_id(0), tiles, tl.cdiv(inner, COLS), ROWS, COLS)
     total = tl.zeros([ROWS, COLS], tl.float64)
     last = tl.minimum(split * share + share, rows)
     for start in range(split * share, last, SPAN):
         part = tl.zeros([ROWS, COLS], tl.float32)
-        for first in range(start, tl.minimum(start + SPAN, last), CHAIN):
-            chain = tl.zeros([ROWS, COLS], tl.float32)
-            for link in tl.static_range(CHAIN // DEPTH):
-                row = first + link * DEPTH + tl.arange(0, DEPTH)
-                c = wide(tl.load(coef + row // positions, row < last, 0.0)).to(tl.float32)
-                c = tl.where(c > 0, c, 0.0)
-                # A row that is clipped away is not read.
-                row = tl.where(c > 0, row, last)
-                left, right = balanced(c, tl.load(length + row, row < last, 1.0))
-                x, y = tile(g, row, last, o, outer).to(tl.float32), tile(a, row, last, i, inner)
-                y = y if y.dtype == tl.bfloat16 else y.to(tl.float32)
-                scaled_y = (y.to(tl.float32) * right[:, None]).to(y.dtype)  # exact
-                chain = product(tl.trans(x * left[:, None]), scaled_y, chain)
-            part += chain
+        for first in range(start, tl.minimum(start + SPAN, last), DEPTH):
+            row = first + tl.arange(0, DEPTH)
+            c = tl.load(coef + row // positions, row < last, 0.0)
+            c = tl.where(c > 0, c, 0.0)
+            row = tl.where(c > 0, row, last)  # one that is clipped away is not read
+            left, right = balanced(c, tl.load(length + row, row < last, 1.0))
+            x, y = tile(g, row, last, o, outer).to(tl.float32), tile(a, row, last, i, inner)
+            x = tl.trans(x * left[:, None])
+            if a.dtype.element_ty == tl.bfloat16:
+                y = (y.to(tl.float32) * right[:, None]).to(tl.bfloat16)
+                part += product(x, y, tl.zeros([ROWS, COLS], tl.float32))
+            else:
+                part = product(x, y * right[:, None], part)
         total += part.to(tl.float64)
     if MORE:
         inside = (o < outer)[:, None] & (i < inner)[None, :]
@@ -119,7 +118,7 @@ def bias_sums(
     last = tl.minimum(split * share + share, rows)
     for first in range(split * share, last, ROWS):
         row = first + tl.arange(0, ROWS)
-        c = wide(tl.load(coef + row // positions, row < last, 0.0)).to(tl.float64)
+        c = tl.load(coef + row // positions, row < last, 0.0).to(tl.float64)
         inside = ((row < last) & (c > 0))[:, None] & (o < outer)[None, :]
         x = wide(tl.load(g + row.to(tl.int64)[:, None] * outer + o[None, :], inside, 0.0)).to(tl.float64)
         total += tl.where(c > 0, c, 0.0)[:, None] * x
@@ -166,8 +165,9 @@ class WeightedSum:
         samples, positions, _ = a.shape
         rows, size, sums = samples * positions, len(self.out), self.sizes.sums
         whole = a.dtype == g.dtype != torch.float32 and positions >= _LONG
-        tile = sums.half if whole else sums.of(torch.float32, a.dtype) if a.dtype != torch.float16 else sums.single
-        tile = tile.fit(self.outer, self.inner, positions if whole else rows)
+        if not whole and a.dtype != torch.bfloat16:
+            a, g = a.float(), g.float()
+        tile = (sums.half if whole else sums.of(torch.float32, a.dtype)).fit(self.outer, self.inner, positions if whole else rows)
         tiles = triton.cdiv(self.outer, tile.rows) * triton.cdiv(self.inner, tile.cols)
         more = self.parts is not None
         if self.parts is None:
@@ -187,7 +187,8 @@ class WeightedSum:
             position_sums[(tiles * splits,)](
                 a, g, coef, lengths(g, self.sizes) if length is None else length, self.parts, rows, positions,
                 self.inner, self.outer, tiles, share * positions, size,
-                SPAN=_SPAN, MORE=more, **tile.constants(), **tile.options(),
+                ROWS=tile.rows, COLS=tile.cols, DEPTH=tile.depth,
+                SPAN=_SPAN if a.dtype == torch.bfloat16 else tile.chain, MORE=more, **tile.options(),
             )  # fmt: skip
         blocks = triton.cdiv(self.outer, self.sizes.bias_cols) if self.bias else 0
         if blocks:
@@ -226,5 +227,5 @@ def linear_clip_sum(
     drawn = draw(noise, a.device) if noise is not None and (isinstance(std, Tensor) or std) else NO_DRAW
     with on(a.device):
         total = WeightedSum(a.device, g.shape[2], a.shape[2], bias)
-        total.add(a, g, plain(coef))
+        total.add(a, g, plain(coef.float()))
         return LinearSum(*total.finish(drawn, 1.0, std))
