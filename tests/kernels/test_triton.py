@@ -38,13 +38,15 @@ def run_alone(name: str, cache: Path, **environment: str) -> None:
 
 
 @needs_triton
-def test_interpreted(tmp_path: Path) -> None:
-    run_alone("triton_interpreted.py", tmp_path, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+@pytest.mark.parametrize("name", ["triton_interpreted.py", "triton_interpreted_linear.py"])
+def test_interpreted(name: str, tmp_path: Path) -> None:
+    run_alone(name, tmp_path, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
 
 
 @needs_triton
-def test_compiled_ahead_of_time(tmp_path: Path) -> None:
-    run_alone("triton_compiled.py", tmp_path)
+@pytest.mark.parametrize("name", ["triton_compiled.py", "triton_compiled_matrix.py"])
+def test_compiled_ahead_of_time(name: str, tmp_path: Path) -> None:
+    run_alone(name, tmp_path)
 
 
 @pytest.mark.skipif(unavailable() is None, reason="the backend can run here")
