@@ -73,7 +73,11 @@ def head_residuals(
     label = tl.load(labels + row, row < rows, 0)
     known = (label >= 0) & (label < classes)
     lane = tl.arange(0, WIDTH)
-    top, size, own = tl.full([ROWS], float("-inf"), tl.float64), tl.zeros([ROWS], tl.float64), tl.zeros([ROWS], tl.float64)
+    top, size, own = (
+        tl.full([ROWS], float("-inf"), tl.float64),
+        tl.zeros([ROWS], tl.float64),
+        tl.zeros([ROWS], tl.float64),
+    )
     for start in range(0, classes, WIDTH):
         o = start + lane
         inside = (row < rows)[:, None] & (o < classes)[None, :]
@@ -174,18 +178,18 @@ def softmax_head_clip_sum_noise(
     noise_multiplier: float = 0.0,
     noise: Noise | None = None,
 ) -> HeadSum:
-    device, rows = features.device, len(features)
+    device, rows, (classes, inner) = features.device, len(features), weight.shape
     # First, as it may refuse.
     drawn = draw(noise, device) if noise_multiplier and noise is not None else NO_DRAW
     x, y, w, b = plain(features), plain(labels), plain(weight), None if bias is None else plain(bias)
     norm_sq, coef, length = (torch.empty(rows, dtype=torch.float32, device=device) for _ in range(3))
-    blocks, losses = list(_blocks(x, len(w))), [torch.zeros(1, dtype=torch.float64, device=device)]
+    blocks, losses = list(_blocks(x, classes)), [torch.zeros(1, dtype=torch.float64, device=device)]
     with on(device):
         factor, number = scaled(1.0, max_grad_norm)
-        total = WeightedSum(device, *w.shape, bias is not None, once=len(blocks) < 2)
+        total = WeightedSum(device, classes, inner, bias is not None, once=len(blocks) < 2)
         for block in blocks or [slice(0, 0)]:
             clipped = norm_sq[block], coef[block], length[block]
-            residual = torch.empty(0, len(w), dtype=torch.float32, device=device)
+            residual = torch.empty(0, classes, dtype=torch.float32, device=device)
             if len(x[block]):
                 residual, loss = _residuals(x[block], y[block], w, b, clipped, factor, number)
                 losses.append(loss)

@@ -58,9 +58,7 @@ def direct_norms(
 
 
 @triton.jit(do_not_specialize=["positions", "blocks", "stride", "column"])
-def bias_norms(
-    g, partials, positions, outer, blocks, stride, column, ROWS: tl.constexpr, COLS: tl.constexpr
-):
+def bias_norms(g, partials, positions, outer, blocks, stride, column, ROWS: tl.constexpr, COLS: tl.constexpr):
     """The squares of COLS entries of one sample's gradient of the bias, in float64."""
     program = tl.program_id(0)
     block, sample = program % blocks, (program // blocks).to(tl.int64)
@@ -80,7 +78,7 @@ def gram_norms(
     a, g, a_length, g_length, partials, positions, inner, outer, pairs, a_error, g_error, a_floor, g_floor,
     BIAS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
-    """A program takes ROWS x COLS pairs of positions of one sample (as many rows as columns), on or below the diagonal."""
+    """A program takes ROWS x ROWS pairs of positions of one sample, on or below the diagonal; COLS = ROWS."""
     program = tl.program_id(0)
     pair, sample = program % pairs, (program // pairs).to(tl.int64)
     down = ((tl.sqrt(pair.to(tl.float64) * 8.0 + 1.0) - 1.0) * 0.5).to(tl.int32)

@@ -18,9 +18,9 @@ from adamix_kernels.triton.linear_norm import lengths
 from adamix_kernels.triton.noise import _STREAM
 from adamix_kernels.triton.norm import scale, wide
 
-# What one sample's part of the sum may be off by is in its norm, see `sum_error`: T products in chains, and one rounding
-# of `part` for each chain, as large as the sample's own part so far and the clipped samples before it. The latter is
-# rounding of the sum. `part` goes to float64 every SPAN positions, for the same reason no more than that.
+# What a sample's part of the sum may be off by is in its norm, see `sum_error`: its products are added in chains, and
+# for each `part` is rounded, which is as large as what the sample has added so far and the clipped ones before it. Of
+# long samples a chain has 64 positions, of others 32 or `part` is one chain of 64, and goes to float64 every SPAN.
 
 #: Positions between two additions in float64, which cost as much as some dots.
 _SPAN = 512
@@ -56,11 +56,12 @@ def sample_sums(
     o, i, split = _place(tl.program_id(0), tiles, tl.cdiv(inner, COLS), ROWS, COLS)
     chains = tl.cdiv(positions, CHAIN)
     total = tl.zeros([ROWS, COLS], tl.float64)
-    last = tl.minimum((split * share + share), samples) * chains
-    for start in range(split * share * chains, last, SPAN // CHAIN):
+    start_sample = split.to(tl.int32) * share
+    last = tl.minimum(start_sample + share, samples) * chains
+    for start in range(start_sample * chains, last, SPAN // CHAIN):
         part = tl.zeros([ROWS, COLS], tl.float32)
         for link in range(start, tl.minimum(start + SPAN // CHAIN, last)):
-            sample, first = link // chains, (link % chains).to(tl.int32) * CHAIN
+            sample, first = (link // chains).to(tl.int64), link % chains * CHAIN
             c = tl.load(coef + sample)
             own_a, own_g = a + sample * positions * inner, g + sample * positions * outer
             chain = outer_products(own_a, inner, i, own_g, outer, o, first, positions, DEPTH, CHAIN)
@@ -167,7 +168,9 @@ class WeightedSum:
         whole = a.dtype == g.dtype != torch.float32 and positions >= _LONG
         if not whole and a.dtype != torch.bfloat16:
             a, g = a.float(), g.float()
-        tile = (sums.half if whole else sums.of(torch.float32, a.dtype)).fit(self.outer, self.inner, positions if whole else rows)
+        tile = (sums.half if whole else sums.of(torch.float32, a.dtype)).fit(
+            self.outer, self.inner, positions if whole else rows
+        )
         tiles = triton.cdiv(self.outer, tile.rows) * triton.cdiv(self.inner, tile.cols)
         more = self.parts is not None
         if self.parts is None:
@@ -198,9 +201,7 @@ class WeightedSum:
                 num_warps=self.sizes.row_warps, num_stages=1,
             )  # fmt: skip
 
-    def finish(
-        self, drawn: Draw = NO_DRAW, std: float = 0.0, by: float | Tensor = 1.0
-    ) -> tuple[Tensor, Tensor | None]:
+    def finish(self, drawn: Draw = NO_DRAW, std: float = 0.0, by: float | Tensor = 1.0) -> tuple[Tensor, Tensor | None]:
         """The weight's and the bias's sums with noise of standard deviation `std * by`, if anything was drawn."""
         assert self.parts is not None
         noisy, size, sizes = drawn is not NO_DRAW, len(self.out), config(self.out.device)

@@ -65,6 +65,22 @@ def test_launches_are_powers_of_two() -> None:
         assert sizes.norm_block % (4 * sizes.norm_width) == 0 and sizes.norm_width <= sizes.norm_tile
 
 
+def test_tiles_keep_their_chains() -> None:
+    for sizes in launch.MATRICES.values():
+        for name in ("direct", "gram", "sums", "scores"):
+            tiles = getattr(sizes, name)
+            for kind, tile in vars(tiles).items():
+                numbers = [tile.rows, tile.cols, tile.depth, tile.warps, tile.chain]
+                assert all(n & (n - 1) == 0 for n in numbers) and min(numbers[:3]) >= 16
+                # One dot per chain of a single type would be made one from end to end; see `_dots.py`.
+                mixed = kind == "mixed" and name != "gram"
+                assert tile.chain == tile.depth if mixed else 2 * tile.depth <= tile.chain <= 64
+            assert name != "gram" or all(tile.rows == tile.cols for tile in vars(tiles).values())
+        small = sizes.direct.half.fit(10, 3, 1)
+        assert (small.rows, small.cols, small.depth, small.chain) == (16, 16, 16, 16)
+        assert sizes.direct.half.fit(10, 300, 33).chain == 64
+
+
 def test_blocks_start_at_multiples_of_the_unit() -> None:
     parts = [torch.zeros(2, n) for n in (5, 0, 16, 3, 40)]
     for unit in (1, 2, 8):

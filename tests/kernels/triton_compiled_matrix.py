@@ -1,6 +1,6 @@
 """The Triton kernels that multiply matrices, compiled ahead of time: started by test_triton.py.
 
-By default those of bfloat16 and float32 for compute capability 9.0 and of bfloat16 for 8.0 and 10.0, with `-m slow` all.
+By default for compute capability 9.0, of bfloat16 for 8.0 and 10.0 too. With `-m slow` all.
 """
 
 from __future__ import annotations
@@ -161,3 +161,5 @@ def test_compiles_within_the_limits(target: str, variant: Variant, kind: str, tm
     used = resources(kernel.asm["cubin"], tmp_path)
     assert used["STACK"] == used["LOCAL"] == 0, f"spills: {used}"
     assert used["REG"] * 32 * variant.options["num_warps"] <= 65536, used
+    if variant.dots and len(set(KINDS[kind])) == 1 and " short" not in variant.name:
+        assert re.search(r"cp\.async\.cg\.shared\.global .*, 0x10", ptx), "no 16-byte loads of aligned tensors"

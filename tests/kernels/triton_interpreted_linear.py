@@ -32,6 +32,7 @@ from adamix_kernels import (
     softmax_head_mixed_sum,
     use_backend,
 )
+from adamix_kernels.ops import _factored
 from adamix_kernels.spec import Case, Op
 from adamix_kernels.triton import launch, linear_sum
 
@@ -49,6 +50,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 def shrink(patch: pytest.MonkeyPatch) -> None:
     patch.setitem(launch.MATRICES, "interpreter", TINY)
+    patch.setitem(launch.LAUNCHES, "interpreter", replace(launch.LAUNCHES["interpreter"], noise_width=16))
     patch.setattr(linear_sum, "_SPAN", 64)
 
 
@@ -111,8 +113,10 @@ def cut(x: Any, unit: Any) -> Any:
 
 
 def truncating_dot(self: Any, a: Any, b: Any, d: Any, *_: Any) -> Any:
-    """Tensor cores as `_dots.py` allows them to be: 16 exact products and the sum so far are cut at 2^-24 of the largest
-    and added, and the result is cut to float32."""
+    """Tensor cores as `_dots.py` allows them to be.
+
+    16 exact products and the sum so far are cut at 2^-24 of the largest and added; the result is cut to float32.
+    """
     x, y, total = (part.data for part in (a, b, d))
     if a.dtype.scalar == tl.bfloat16:
         x, y = ((part.astype(np.uint32) << 16).view(np.float32) for part in (x, y))
@@ -176,6 +180,30 @@ def test_norms_are_never_below_the_exact_value(shape: tuple[int, int, int]) -> N
             assert all(one[i] == math.inf or Fraction(one[i]) >= exact for one in norms)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("count", "positions"), [(100, 1), (4, 70)])
+def test_norms_leave_room_for_sums_elsewhere(
+    count: int, positions: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not below n + e, with numbers of one sign, whose dots are too small then."""
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", truncating_dot)
+    a, g = (randn(seed, count, positions, width).abs().to(dtype) for seed, width in [(1, 20), (2, 10)])
+    x, y = a.double(), g.double()
+    n = (y.mT @ x).square().sum((1, 2)).sqrt()
+    e = _factored.sum_error((x.norm(dim=2) * y.norm(dim=2)).sum(1), positions, dtype)
+    for method in ("gram", "direct"):
+        assert bool((linear_norm_sq(a, g, False, method).double() >= (n + e).square() * (1 - 1e-12)).all())
+
+
+@pytest.mark.parametrize("method", ["gram", "direct"])
+def test_what_leaves_the_range_on_the_way_does_not_lower_a_norm(method: str) -> None:
+    a, g = randn(1, 1, 3, 5), randn(2, 1, 3, 4)
+    for up, down in itertools.product([10, 15, 20, 25, 30], [15, 20, 24, 30, 36]):
+        for x, y in [(a * 10.0**up, g * 10.0**-down), (a * 10.0**-down, g * 10.0**up)]:
+            exact = float((y[0].float().double().T @ x[0].float().double()).square().sum())
+            assert float(linear_norm_sq(x.float(), y.float(), False, method)) >= exact, (up, down)
+
+
 @pytest.mark.parametrize("method", ["gram", "direct"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_ordinary_norms_are_little_above(method: str, dtype: torch.dtype) -> None:
@@ -204,6 +232,13 @@ def test_sums_of_factors_of_every_size(dtype: torch.dtype, positions: int) -> No
                     floor = 0 if positions < 16 or dtype == torch.float32 else 1e-36 * coef
                     error = float((got.double() - wanted).abs().max())
                     assert error <= 1e-6 * float(wanted.abs().max()) + floor, (up, down, coef)
+
+
+def test_small_sums_of_narrow_types_keep_their_digits() -> None:
+    """Bfloat16 has 8 bits from 2^-126 on only."""
+    a, g = torch.tensor([[1.0, 0.00130]], dtype=torch.bfloat16), torch.tensor([[1.0]], dtype=torch.bfloat16)
+    got = linear_clip_sum(a, g, torch.tensor([2e-36])).weight
+    torch.testing.assert_close(got.double(), 2e-36 * a.double(), rtol=1e-6, atol=2.0**-149)
 
 
 # --- Linear: the rest -------------------------------------------------------------------------------------------------
@@ -317,7 +352,7 @@ def test_heads_get_the_noise_of_their_place() -> None:
 
 def test_residuals_keep_their_precision() -> None:
     """Where the label is all but certain, softmax - 1 is what is left of it."""
-    x, w = torch.tensor([[1.0]]), torch.tensor([[20.0], [0.0], [-70.0]])
+    x, w = torch.tensor([[1.0]]), torch.tensor([[50.0], [0.0], [-35.0]])
     out = softmax_head_clip_sum_noise(x, torch.tensor([0]), w)
     exact = torch.softmax(w.double()[:, 0], 0)
     exact[0] = -exact[1:].sum()
