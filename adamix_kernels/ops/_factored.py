@@ -69,9 +69,12 @@ def sum_error(length: Tensor, positions: int, dtype: torch.dtype) -> Tensor:
     what a sample leaves behind in the others' rounding is in its own e, but for that of its clipped sum. The inflation
     e / n is about sqrt(T) times the factor of R on ordinary inputs.
     """
-    if dtype == torch.float64:
-        return own_error(length, positions)
-    return (min(positions, 64) + 16 + positions / 128) * 2.0**-23 * length
+    return own_error(length, positions) if dtype == torch.float64 else float32_error(positions) * length
+
+
+def float32_error(positions: int) -> float:
+    """The `sum_error` of sums that are not float64, over R."""
+    return (min(positions, 64) + 16 + positions / 128) * 2.0**-23
 
 
 def factored_norm_sq(a: Tensor, g: Tensor, bias: bool, method: str = "auto") -> Tensor:

@@ -21,6 +21,9 @@ from adamix_kernels.ops._numerics import as_list
 from adamix_kernels.ops.clip import clip_coef, clip_sum, clip_sum_noise
 from adamix_kernels.ops.conv import conv_clip_sum, conv_norm_sq
 from adamix_kernels.ops.embedding import embedding_clip_sum, embedding_norm_sq
+from adamix_kernels.ops.head import softmax_head_clip_sum_noise
+from adamix_kernels.ops.head_variants import softmax_head_coordinates
+from adamix_kernels.ops.linear import linear_clip_sum, linear_norm_sq
 from adamix_kernels.ops.noise import add_gaussian_noise_
 from adamix_kernels.ops.norm import grad_norm_sq
 from adamix_kernels.ops.quantile import norm_quantile
@@ -103,3 +106,7 @@ for _module, _ops in _LAYERS:
         _attach(_op, _module, lambda **given: _refused(*given.values()))
 for _op in (conv_norm_sq, conv_clip_sum):
     _attach(_op, "conv", lambda **given: _large(**given) or _refused(*given.values()), _FLOAT32)
+_attach(linear_norm_sq, "linear_norm", lambda **given: _refused(*given.values()), _FLOAT32)
+_attach(linear_clip_sum, "linear_sum", lambda **given: _refused(*given.values()), _FLOAT32)
+_attach(softmax_head_clip_sum_noise, "head", lambda **given: _refused(*given.values()), _FLOAT32)
+_attach(softmax_head_coordinates, "head", lambda **given: _refused(*given.values()), _FLOAT32)

@@ -11,7 +11,7 @@ import functools
 import os
 import struct
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -174,3 +174,115 @@ def draw(noise: Noise, device: torch.device) -> Draw:
     key = (noise._key + [0] * 6)[:8]
     words = struct.unpack("<10i", struct.pack("<8IQ", *key, noise.next_draw()))
     return Draw(words, 8 if noise.mode == "secure" else 2)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one program makes of a matrix: `rows` x `cols`, `depth` terms per dot, powers of two and 16 at least.
+
+    `chain`: the terms in one float32 accumulator, see `_dots.py`. Two dots at least, or one of mixed types.
+    """
+
+    rows: int
+    cols: int
+    depth: int
+    warps: int
+    stages: int
+    chain: int = 64
+
+    def fit(self, rows: int, cols: int, terms: int) -> Tile:
+        """As large as the matrix needs. A chain may be one dot if it is the only one."""
+
+        def least(most: int, size: int) -> int:
+            return min(most, max(16, 1 << max(size - 1, 0).bit_length()))
+
+        high, wide, deep = least(self.rows, rows), least(self.cols, cols), least(self.depth, terms)
+        return replace(
+            self,
+            rows=high,
+            cols=wide,
+            depth=deep,
+            warps=self.warps if 4 * high * wide >= self.rows * self.cols else min(4, self.warps),
+            chain=self.chain if terms > deep else deep,
+        )
+
+    def constants(self) -> dict[str, int]:
+        return {"ROWS": self.rows, "COLS": self.cols, "DEPTH": self.depth, "CHAIN": self.chain}
+
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """By the types of two operands: `half` if both are float16 or bfloat16, `mixed` if bfloat16 and float32."""
+
+    half: Tile
+    mixed: Tile
+    single: Tile
+
+    def of(self, *operands: torch.dtype) -> Tile:
+        if set(operands) == {torch.bfloat16, torch.float32}:
+            return self.mixed
+        return self.single if len(set(operands)) > 1 or torch.float32 in operands else self.half
+
+
+_MIXED = Tile(64, 64, depth=32, warps=4, stages=2, chain=32)
+_SINGLE = Tile(64, 64, depth=16, warps=4, stages=2)
+_SPREAD = replace(_SINGLE, warps=8)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Launches of the kernels that multiply matrices. Not measured on a GPU: what fits registers and shared memory."""
+
+    #: A tile has two accumulators in float32, the chain and the total.
+    direct: Tiles = Tiles(Tile(128, 128, depth=32, warps=8, stages=3), _MIXED, _SINGLE)
+    #: Square. Each of the two dots is of one type, so nothing is mixed.
+    gram: Tiles = Tiles(Tile(64, 64, depth=32, warps=4, stages=3), _SPREAD, _SPREAD)
+    #: The clipped sums have a float64 total besides: four registers for each entry.
+    sums: Tiles = Tiles(Tile(128, 64, depth=32, warps=8, stages=3), replace(_MIXED, warps=8), _SPREAD)
+    #: Rows are samples, columns are classes.
+    scores: Tiles = Tiles(Tile(64, 64, depth=32, warps=8, stages=3), replace(_MIXED, warps=8), _SPREAD)
+    #: With fewer programs than this the samples are split among several, each with this many positions at least.
+    programs: int = 2 * 132
+    share: int = 256
+    #: Columns and elements per program of what reads rows once.
+    row_width: int = 256
+    row_tile: int = 1024
+    row_warps: int = 4
+    #: Positions at a time and columns of the bias's sums: 32 bytes of a narrow type are what memory gives at once.
+    bias_rows: int = 64
+    bias_cols: int = 16
+    #: Bytes of a softmax head's residuals that are made before they are summed, so that they stay in the L2 cache.
+    residuals: int = 32 << 20
+
+
+_NARROW = Tile(64, 64, depth=32, warps=4, stages=2)
+_CDNA = Tiles(_NARROW, replace(_MIXED, stages=1), replace(_SINGLE, stages=1))
+
+#: As `LAUNCHES`. A multiprocessor takes two programs of the sums.
+MATRICES: dict[int | str, Matrix] = {
+    8: Matrix(
+        direct=Tiles(Tile(128, 64, depth=32, warps=8, stages=3), _MIXED, _SINGLE),
+        programs=2 * 108,
+        residuals=24 << 20,
+    ),
+    9: Matrix(),
+    # ptxas gives 128 registers to what loads ahead there, and spills.
+    10: Matrix(sums=replace(Matrix.sums, mixed=replace(_MIXED, warps=8, stages=1)), programs=2 * 148),
+    "gfx942": Matrix(
+        direct=_CDNA,
+        gram=replace(_CDNA, mixed=_CDNA.single),
+        sums=_CDNA,
+        scores=_CDNA,
+        programs=2 * 304,
+        row_warps=2,
+    ),
+    "default": Matrix(),
+    "interpreter": Matrix(programs=4),
+}
+
+
+def matrix(device: torch.device) -> Matrix:
+    return MATRICES.get(_target(device), MATRICES["gfx942" if torch.version.hip else "default"])

@@ -38,13 +38,15 @@ def run_alone(name: str, cache: Path, **environment: str) -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("name", ["triton_interpreted.py", "triton_interpreted_layers.py"])
+@pytest.mark.parametrize(
+    "name", ["triton_interpreted.py", "triton_interpreted_layers.py", "triton_interpreted_linear.py"]
+)
 def test_interpreted(name: str, tmp_path: Path) -> None:
     run_alone(name, tmp_path, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
 
 
 @needs_triton
-@pytest.mark.parametrize("name", ["triton_compiled.py", "triton_compiled_layers.py"])
+@pytest.mark.parametrize("name", ["triton_compiled.py", "triton_compiled_layers.py", "triton_compiled_matrix.py"])
 def test_compiled_ahead_of_time(name: str, tmp_path: Path) -> None:
     run_alone(name, tmp_path)
 
@@ -71,6 +73,22 @@ def test_launches_of_layers() -> None:
             assert name == "conv_registers" or (value > 0 and value & (value - 1) == 0)
         assert 16 <= sizes.conv_step <= sizes.conv_chain <= 64, "chains of products as `sum_error` takes them to be"
         assert min(sizes.conv_inner, sizes.conv_mixed, sizes.conv_outer) >= 16, "the least for products of matrices"
+
+
+def test_tiles_keep_their_chains() -> None:
+    for sizes in launch.MATRICES.values():
+        for name in ("direct", "gram", "sums", "scores"):
+            tiles = getattr(sizes, name)
+            for kind, tile in vars(tiles).items():
+                numbers = [tile.rows, tile.cols, tile.depth, tile.warps, tile.chain]
+                assert all(n & (n - 1) == 0 for n in numbers) and min(numbers[:3]) >= 16
+                # One dot per chain of a single type would be made one from end to end; see `_dots.py`.
+                mixed = kind == "mixed" and name != "gram"
+                assert tile.chain == tile.depth if mixed else 2 * tile.depth <= tile.chain <= 64
+            assert name != "gram" or all(tile.rows == tile.cols for tile in vars(tiles).values())
+        small = sizes.direct.half.fit(10, 3, 1)
+        assert (small.rows, small.cols, small.depth, small.chain) == (16, 16, 16, 16)
+        assert sizes.direct.half.fit(10, 300, 33).chain == 64
 
 
 def test_blocks_start_at_multiples_of_the_unit() -> None:
