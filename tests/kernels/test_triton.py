@@ -41,14 +41,14 @@ def run_alone(name: str, cache: Path, **environment: str) -> None:
 @pytest.mark.parametrize(
     "name", ["triton_interpreted.py", "triton_interpreted_layers.py", "triton_interpreted_linear.py"]
 )
-def test_interpreted(name: str, tmp_path: Path) -> None:
-    run_alone(name, tmp_path, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+def test_interpreted(kind: str, tmp_path: Path) -> None:
+    run_alone(f"triton_interpreted{kind}.py", tmp_path, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
 
 
 @needs_triton
-@pytest.mark.parametrize("name", ["triton_compiled.py", "triton_compiled_layers.py", "triton_compiled_matrix.py"])
-def test_compiled_ahead_of_time(name: str, tmp_path: Path) -> None:
-    run_alone(name, tmp_path)
+@pytest.mark.parametrize("kind", ["", "_layers", "_matrix"])
+def test_compiled_ahead_of_time(kind: str, tmp_path: Path) -> None:
+    run_alone(f"triton_compiled{kind}.py", tmp_path)
 
 
 @pytest.mark.skipif(unavailable() is None, reason="the backend can run here")
