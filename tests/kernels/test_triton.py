@@ -38,9 +38,7 @@ def run_alone(name: str, cache: Path, **environment: str) -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize(
-    "name", ["triton_interpreted.py", "triton_interpreted_layers.py", "triton_interpreted_linear.py"]
-)
+@pytest.mark.parametrize("kind", ["", "_layers", "_linear"])
 def test_interpreted(kind: str, tmp_path: Path) -> None:
     run_alone(f"triton_interpreted{kind}.py", tmp_path, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
 
