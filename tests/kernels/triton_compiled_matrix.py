@@ -161,5 +161,6 @@ def test_compiles_within_the_limits(target: str, variant: Variant, kind: str, tm
     used = resources(kernel.asm["cubin"], tmp_path)
     assert used["STACK"] == used["LOCAL"] == 0, f"spills: {used}"
     assert used["REG"] * 32 * variant.options["num_warps"] <= 65536, used
-    if variant.dots and len(set(KINDS[kind])) == 1 and " short" not in variant.name:
+    scaled = variant.kernel is linear_sum.position_sums  # in registers
+    if variant.dots and not scaled and len(set(KINDS[kind])) == 1 and " short" not in variant.name:
         assert re.search(r"cp\.async\.cg\.shared\.global .*, 0x10", ptx), "no 16-byte loads of aligned tensors"

@@ -51,7 +51,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 def shrink(patch: pytest.MonkeyPatch) -> None:
     patch.setitem(launch.MATRICES, "interpreter", TINY)
-    patch.setitem(launch.LAUNCHES, "interpreter", replace(launch.LAUNCHES["interpreter"], noise_width=16))
+    patch.setitem(launch.LAUNCHES, "interpreter", replace(launch.LAUNCHES["interpreter"], noise_width=64))
     patch.setattr(linear_sum, "_SPAN", 64)
 
 
@@ -150,12 +150,12 @@ def batches(dtype: torch.dtype, shapes: list[tuple[int, int, int]]) -> Iterator[
         yield torch.cat([a for a, _ in found]), torch.cat([g for _, g in found])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_linear_contribution_is_bounded(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", truncating_dot)
-    for a, g in batches(dtype, [(6, 3, 5), (70, 4, 3)]):
-        assert len(a) >= 20
-        for method, bias in [("gram", False), ("direct", True)]:
+    for (a, g), bias in zip(batches(dtype, [(6, 3, 5), (70, 4, 3)]), (True, False), strict=True):
+        assert len(a) >= 60
+        for method in ("gram", "direct"):
             assert contributions(a, g, bias, linear_norm_sq(a, g, bias, method)) <= BOUND, (method, a.shape)
 
 
@@ -274,7 +274,7 @@ def test_sums_get_the_noise_of_their_place(mode: str, count: int, positions: int
 
 @pytest.mark.usefixtures("sizes")
 def test_same_bits_on_every_run() -> None:
-    a, g, coef = randn(1, 9, 20, 37).bfloat16(), randn(2, 9, 20, 21).bfloat16(), torch.rand(9)
+    a, g, coef = randn(1, 4, 20, 20).bfloat16(), randn(2, 4, 20, 9).bfloat16(), torch.rand(4)
 
     def run() -> list[Tensor]:
         return [*linear_clip_sum(a, g, coef, True), *(linear_norm_sq(a, g, True, m) for m in ("gram", "direct"))]
@@ -287,11 +287,11 @@ def test_neither_all_pairs_nor_all_entries_are_written(monkeypatch: pytest.Monke
     made: list[int] = []
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **k: made.append((x := empty(*a, **k)).numel()) or x)
-    a, g = torch.ones(2, 256, 300), torch.ones(2, 256, 200)
+    a, g = torch.ones(1, 128, 200), torch.ones(1, 128, 150)
     for method in ("gram", "direct"):
         made.clear()
         linear_norm_sq(a, g, True, method)
-        assert sum(made) <= 2 * (2 * 256 + 40)
+        assert sum(made) <= 2 * 128 + 40
 
 
 def test_auto_takes_the_cheaper() -> None:
