@@ -104,6 +104,7 @@ class Op(Generic[P, R]):
     cases: Callable[[], Sequence[Case]]
     cost: Callable[..., Cost]
     validate: Callable[..., None] | None
+    parts: Sequence[Op[..., Any]] = ()
     backends: dict[str, Backend] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -143,6 +144,14 @@ class Op(Generic[P, R]):
                 raise type(error)(f"{self.name}: {error}") from None
         return device[0] if device is not None else None
 
+    def dtypes(self, backend: str) -> Sequence[torch.dtype]:
+        """The floating types that a backend of this op takes."""
+        if backend == "torch":
+            return FLOAT_DTYPES
+        if self.parts:
+            return [dtype for dtype in FLOAT_DTYPES if all(dtype in part.dtypes(backend) for part in self.parts)]
+        return self.backends[backend].dtypes
+
     def register(
         self,
         name: str,
@@ -167,7 +176,7 @@ class Op(Generic[P, R]):
 
     def _run(self, bound: dict[str, Any], device: torch.device | None) -> R:
         forced = _forced.get()
-        if forced == "torch":
+        if forced == "torch" or self.parts:
             return self._refer(bound)
         if forced != "auto":
             reason = self.why_not(forced, bound)
@@ -191,6 +200,8 @@ class Op(Generic[P, R]):
         """Why `backend` cannot run this op (or, with `bound`, this call); None if it can."""
         if backend == "torch":
             return None
+        if self.parts:
+            return next((reason for part in self.parts if (reason := part.why_not(backend))), None)
         if backend not in self.backends:
             return f"this op has no {backend!r} implementation"
         entry = self.backends[backend]
@@ -205,17 +216,19 @@ def define_op(
     cases: Callable[[], Sequence[Case]],
     cost: Callable[..., Cost],
     validate: Callable[..., None] | None = None,
+    parts: Sequence[Op[..., Any]] = (),
 ) -> Callable[[Callable[P, R]], Op[P, R]]:
     """Make an `Op` of the decorated torch reference.
 
     `shapes` maps each tensor argument to its axes: names separated by blanks, equal names mean equal sizes; `*` any
     number of axes, the same in every argument; `...` any number, unrelated; a prefix `int:` asks for integers; a
     suffix `[]` also takes a list of such tensors. `validate` raises on anything else that is wrong, in words that start
-    with the argument's name. `oracle` is the definition, in float64, one sample at a time.
+    with the argument's name. `oracle` is the definition, in float64, one sample at a time. A reference that only calls
+    other ops names them as `parts`: it has no backends of its own, they run on theirs.
     """
 
     def wrap(reference: Callable[P, R]) -> Op[P, R]:
-        return Op(reference.__name__, reference, shapes, tuple(returns), oracle, cases, cost, validate)
+        return Op(reference.__name__, reference, shapes, tuple(returns), oracle, cases, cost, validate, parts)
 
     return wrap
 
@@ -227,7 +240,7 @@ def op_table() -> str:
         arguments = ", ".join(f"`{name} {axes.text}`" for name, axes in op._axes.items())
         results = ", ".join(f"`{out.name} [{', '.join(out.axes.split())}]`" for out in op.returns)
         what = (op.__doc__ or "").splitlines()[0].rstrip(".")
-        faster = ", ".join(name for name in AUTO_ORDER if name in op.backends)
+        faster = ", ".join(name for name in AUTO_ORDER if all(name in one.backends for one in op.parts or [op]))
         lines.append(f"| `{op.name}` | {what} | {arguments} | {results} | {faster or '-'} |")
     return "\n".join(lines)
 

@@ -285,4 +285,4 @@ def conv_clip_sum(
     ]
     total = torch.stack(parts).sum(0).to(sum_dtype(activations, backprops)).flatten(0, 1)
     weight, shift = weight_and_bias(split_bias(total, bias))
-    return ConvSum(weight.reshape(backprops.shape[1], -1, *kernel_size), shift)
+    return ConvSum(weight.reshape(backprops.shape[1], activations.shape[1] // groups, *kernel_size), shift)

@@ -40,15 +40,15 @@ def _rows(indices: Tensor, backprops: Tensor) -> tuple[Tensor, Tensor]:
 
 def _check(indices: Tensor, padding_idx: int | None, num_embeddings: int | None = None, **_: Any) -> None:
     if num_embeddings is not None:
-        if not isinstance(num_embeddings, int) or num_embeddings < 1:
+        if type(num_embeddings) is not int or num_embeddings < 1:
             raise ValueError(f"num_embeddings is {num_embeddings!r}; pass an int above 0")
         if indices.device.type == "cpu" and indices.numel():  # on a GPU this would wait for the device
             low, high = int(indices.min()), int(indices.max())
             if low < 0 or high >= num_embeddings:
                 wrong = low if low < 0 else high
                 raise ValueError(f"indices holds {wrong}; expected 0 <= index < num_embeddings={num_embeddings}")
-    if padding_idx is not None and (not isinstance(padding_idx, int) or padding_idx < 0):
-        raise ValueError(f"padding_idx is {padding_idx!r}; pass an int >= 0, or None")
+    if padding_idx is not None and (type(padding_idx) is not int or not 0 <= padding_idx < 2**63):
+        raise ValueError(f"padding_idx is {padding_idx!r}; pass an int in [0, 2^63), or None")
     if padding_idx is not None and num_embeddings is not None and padding_idx >= num_embeddings:
         raise ValueError(f"padding_idx is {padding_idx}; expected less than num_embeddings={num_embeddings}")
 

@@ -69,7 +69,7 @@ def _cases() -> list[Case]:
             x = with_bad_rows(x) if kind == "bad" else scaled_rows(x) if kind == "scaled" else x
             return {
                 "features": x,
-                "labels": torch.randint(0, o, (n,), generator=g),
+                "labels": torch.randint(0, max(o, 1), (n,), generator=g),
                 "weight": randn(g, o, i) * 0.3,
                 "bias": randn(g, o) if bias else None,
                 "max_grad_norm": math.inf if kind == "exact" else 1.5,
@@ -86,6 +86,8 @@ def _cases() -> list[Case]:
         case("empty batch", 0, 4, 3, sigma=0.5),
         case("one sample, one feature", 1, 1, 2),
         case("one class", 4, 3, 1),
+        case("no feature", 5, 0, 3),
+        case("no class", 0, 4, 0),
         case("exact gradient", 12, 6, 4, kind="exact"),
         case("nan and inf rows", 6, 8, 3, kind="bad"),
         case("magnitudes", 5, 6, 3, kind="scaled"),

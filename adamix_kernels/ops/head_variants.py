@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from adamix_kernels.ops._cases import randn
+from adamix_kernels.ops._factored import blocks
 from adamix_kernels.ops._numerics import sum_dtype
 from adamix_kernels.ops.clip import check_mechanism
 from adamix_kernels.ops.head import (
@@ -118,6 +119,7 @@ def _mixed_cost(features: Tensor, public_features: Tensor, weight: Tensor, **_: 
     cases=_mixed_cases,
     cost=_mixed_cost,
     validate=_check_mixed,
+    parts=(softmax_head_clip_sum_noise, norm_quantile),
 )
 def softmax_head_mixed_sum(
     features: Tensor,
@@ -180,6 +182,7 @@ def _coordinates_cases() -> list[Case]:
         case("empty batch", 0, 4, 3, 2),
         case("empty basis", 3, 4, 3, 0),
         case("one class", 4, 3, 1, 1),
+        case("no feature", 4, 0, 3, 2),
         case("strided", 5, 6, 3, 3, strided=True),
     ]
 
@@ -213,13 +216,14 @@ def softmax_head_coordinates(
     Returns:
         `[N, K]` float32, float64 if features, weight, bias or basis are; for `clip_sum_noise`.
     """
-    width = features.shape[1]
-    directions = basis.double()[:, : weight.numel()].unflatten(1, weight.shape)
+    rank, classes = len(basis), len(weight)
+    directions = basis.double()[:, : weight.numel()].reshape(rank * classes, weight.shape[1])
     shifts = basis.double()[:, weight.numel() :]
     dtype = sum_dtype(*(x for x in (features, weight, bias, basis) if x is not None))
-    parts = [torch.zeros(0, len(basis), dtype=torch.float64, device=features.device)]
+    parts = [torch.zeros(0, rank, dtype=torch.float64, device=features.device)]
     for x, residual, _ in residuals(features, labels, weight, bias):
-        pulled = torch.einsum("no,koi->kni", residual, directions) if width else x.new_zeros(len(basis), *x.shape)
-        coordinates = (pulled * x).sum(2).T
-        parts.append(coordinates + residual @ shifts.T if bias is not None else coordinates)
+        for b in blocks(len(x), rank * classes):
+            scores = (x[b] @ directions.T).unflatten(1, (rank, classes))
+            coordinates = torch.einsum("nko,no->nk", scores, residual[b])
+            parts.append(coordinates + residual[b] @ shifts.T if bias is not None else coordinates)
     return torch.cat(parts).to(dtype)

@@ -43,7 +43,9 @@ def _one_group(x: Tensor) -> Tensor:
 
 def _check_sum(bias: bool, noise: Noise | None, std: float | Tensor, **_: Any) -> None:
     check_flags(bias)
-    if isinstance(std, Tensor) or std:
+    if not isinstance(std, Tensor | float | int):
+        raise TypeError(f"std is {type(std).__name__}; pass a number or a scalar tensor")
+    if noise is not None or isinstance(std, Tensor) or std:
         check_noise(None, std, noise)
 
 
@@ -82,6 +84,8 @@ def _cases(**extra: Callable[[Generator, int], Any]) -> list[Case]:
         _shape("two position axes", 3, (4, 5), 6, 7, extra),
         _shape("many positions", 3, (70,), 3, 2, extra),
         _shape("one feature", 4, (6,), 1, 1, extra),
+        _shape("no inputs", 3, (4,), 0, 3, extra),
+        _shape("no outputs", 3, (4,), 3, 0, extra),
     ]
 
 

@@ -32,8 +32,8 @@ void Scales::set(int64_t k, double factor, double square) {
 
 std::vector<Region> cut_regions(int64_t outputs, int64_t inputs, int64_t least) {
   const auto even = [](int64_t size, int64_t most, int64_t unit) {
-    const int64_t parts = std::max<int64_t>(1, (size + most - 1) / most);
-    return round_to((size + parts - 1) / parts, unit);
+    const int64_t parts = (std::max<int64_t>(size, 1) + most - 1) / most;
+    return round_to((std::max<int64_t>(size, 1) + parts - 1) / parts, unit);
   };
   const int64_t tall = even(outputs, kTallest, kTall);
   int64_t wide = kWidest;

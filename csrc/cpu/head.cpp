@@ -185,13 +185,11 @@ double head_clip_sum_noise(const Head& head, double threshold, float* weight_sum
       }
       barrier.wait(thread.count);
       const Dense backprops(residual.data(), DType::kFloat32, 1, outputs);
-      for (int64_t k = from; k < to; ++k) {
+      for (int64_t k = from; k < to; ++k)
         add_products({features, backprops, rows, 1}, scales, 0, rows, regions[k], panels, totals[k].data());
-        const Region& region = regions[k];
-        for (int64_t r = 0; r < rows && region.inner == 0 && head.bias != nullptr; ++r)
-          for (int64_t o = region.outer; o < region.outer + region.tall && factors[r] > 0; ++o)
-            shift[o] += factors[r] * residual[r * outputs + o];
-      }
+      const int64_t own = outputs * thread.index / thread.count, end = outputs * (thread.index + 1) / thread.count;
+      for (int64_t r = 0; r < rows && head.bias != nullptr; ++r)
+        for (int64_t o = own; o < end && factors[r] > 0; ++o) shift[o] += factors[r] * residual[r * outputs + o];
       barrier.wait(thread.count);
     }
     for (int64_t k = from; k < to; ++k) write_region(regions[k], totals[k].data(), inputs, weight_sum, noise, 0);

@@ -23,7 +23,7 @@ from adamix_kernels.ops.embedding import embedding_clip_sum, embedding_norm_sq
 from adamix_kernels.ops.linear import linear_clip_sum, linear_norm_sq
 from adamix_kernels.ops.noise import Noise
 from adamix_kernels.ops.scale_shift import scale_shift_clip_sum, scale_shift_norm_sq
-from adamix_kernels.spec import FLOAT_DTYPES, use_backend
+from adamix_kernels.spec import use_backend
 
 OPS = [
     linear_norm_sq,
@@ -207,8 +207,7 @@ def worst_contribution(norm_sq: Tensor, clipped: Callable[[Tensor], Any]) -> flo
 
 def on_backends(op: Any) -> Any:
     """Each backend for CPU tensors, with each dtype it takes."""
-    dtypes = {"torch": FLOAT_DTYPES, **{name: entry.dtypes for name, entry in op.backends.items()}}
-    pairs = [(name, dtype) for name in ("torch", "cpp") if op.why_not(name) is None for dtype in dtypes[name]]
+    pairs = [(name, dtype) for name in ("torch", "cpp") if op.why_not(name) is None for dtype in op.dtypes(name)]
     ids = [f"{name}-{str(dtype).removeprefix('torch.')}" for name, dtype in pairs]
     return pytest.mark.parametrize(("backend", "dtype"), pairs, ids=ids)
 

@@ -11,7 +11,7 @@ import torch
 from spec_checks import check_case, inputs
 
 import adamix_kernels  # noqa: F401  registers every op
-from adamix_kernels.spec import AUTO_ORDER, FLOAT_DTYPES, OPS, Case, Op
+from adamix_kernels.spec import AUTO_ORDER, OPS, Case, Op
 
 DEVICES = {"torch": ("cpu", "cuda"), "cpp": ("cpu",), "triton": ("cuda",), "cuda": ("cuda",)}
 
@@ -20,8 +20,7 @@ def runs() -> Iterator[Any]:
     for op in OPS.values():
         for backend in AUTO_ORDER:
             if op.why_not(backend) is None:
-                dtypes = FLOAT_DTYPES if backend == "torch" else op.backends[backend].dtypes
-                for case, dtype, device in itertools.product(op.cases(), dtypes, DEVICES[backend]):
+                for case, dtype, device in itertools.product(op.cases(), op.dtypes(backend), DEVICES[backend]):
                     name = f"{op.name}-{backend}-{case.name}-{str(dtype).removeprefix('torch.')}-{device}"
                     marks = [pytest.mark.gpu] if device == "cuda" else []
                     yield pytest.param(op, backend, case, dtype, device, id=name.replace(" ", "_"), marks=marks)
