@@ -18,6 +18,7 @@ from torch import Tensor
 
 from adamix_kernels import (
     BackendError,
+    clip_coef,
     embedding_clip_sum,
     embedding_norm_sq,
     native,
@@ -352,3 +353,22 @@ def test_no_history_and_negated_views() -> None:
         expected = [*embed(ids, g, 4), *scale(g, g)]
     assert not any(result.requires_grad for result in results)
     torch.testing.assert_close(results, expected, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("positions", [64, 1000, 100_000])
+@pytest.mark.parametrize("layer", ["embedding", "scale", "scale and shift"])
+@pytest.mark.parametrize("first", [False, True])
+def test_norms_leave_room_for_terms_that_another_order_of_additions_keeps(
+    positions: int, layer: str, first: bool
+) -> None:
+    """Between 1 and -1 many terms too small to change 1: in order their sum vanishes, in pairs it does not."""
+    g = torch.full((1, positions, 3), 1.1 * 2.0**-54, dtype=torch.float64)
+    g[0, 0], g[0, -1] = 1.0, -1.0
+    a, ids, c = torch.ones_like(g), torch.zeros(1, positions, dtype=torch.int64), 1e-16
+    if first:
+        a, g = channels_first(a), channels_first(g)
+    bias = layer == "scale and shift"
+    norm_sq = embedding_norm_sq(ids, g) if layer == "embedding" else scale_shift_norm_sq(a, g, bias)
+    coef = clip_coef(norm_sq, c)
+    exact = (positions - 2) * 1.1 * 2.0**-54 * math.sqrt(3 * (1 + bias))
+    assert float(coef) * exact <= c * BOUND
