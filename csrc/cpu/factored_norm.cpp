@@ -7,6 +7,7 @@
 
 #include "blocks.h"
 #include "factored.h"
+#include "float_state.h"
 #include "isa.h"
 #include "panels.h"
 
@@ -219,8 +220,10 @@ std::vector<double> factored_norm_sq(const Factors& f, bool bias, bool gram, int
   Lengths lengths(f), scaled(f);
   std::vector<Scale> scales;
   const int64_t products = std::min(inputs * outputs, positions * (inputs + outputs)) * (positions > 1);
+  const FloatState state = FloatState::current();
 #pragma omp parallel num_threads(threads) if (f.samples * positions * (inputs + outputs + products) > kSerial)
   {
+    const FloatState::Hold hold(state);
     Workspace work;
     lengths.measure(f, bias);
 #pragma omp single

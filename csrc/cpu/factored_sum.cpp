@@ -1,12 +1,13 @@
 // Weighted sums of gradients in factors: one product of matrices over all samples and positions.
 //
 // A task owns a region of the result and adds chunks of up to kDepth positions to it in order, in double: the same bits
-// for every thread count. In a chunk the positions of a sample stand together, see `sum_error`.
+// for every thread count.
 
 #include <cmath>
 
 #include "blocks.h"
 #include "factored.h"
+#include "float_state.h"
 #include "panels.h"
 
 namespace adamix {
@@ -15,8 +16,10 @@ Scales::Scales(const Source& activations, const std::vector<double>& coef, int64
     : wide(coef.size() * positions), tall(wide.size()) {
   constexpr int64_t kShare = 256;  // positions
   const int64_t samples = coef.size(), shares = (positions + kShare - 1) / kShare;
+  const FloatState state = FloatState::current();
 #pragma omp parallel for num_threads(threads) schedule(static) if (samples * positions * activations.columns > kSerial)
   for (int64_t task = 0; task < samples * shares; ++task) {
+    const FloatState::Hold hold(state);
     const int64_t sample = task / shares, first = task % shares * kShare, n = std::min(kShare, positions - first);
     double squares[kShare] = {};
     if (coef[sample] > 0) activations.squares(sample, first, n, squares);
@@ -47,10 +50,10 @@ std::vector<Region> cut_regions(int64_t outputs, int64_t inputs, int64_t least) 
 
 void add_products(const Factors& f, const Scales& scales, int64_t first, int64_t samples, const Region& region,
                   Panels& panels, double* total) {
-  // Whole samples to a chunk, or one in even pieces. Were one cut where it meets another, its large terms, which cancel
-  // only later, would stand in that one's rounding.
-  const int64_t pieces = (f.positions + kDepth - 1) / kDepth, together = pieces == 1 ? kDepth / f.positions : 1;
-  const int64_t depth = pieces == 1 ? together * f.positions : (f.positions + pieces - 1) / pieces;
+  // A sample of several positions has chunks of its own: its large terms, which may cancel, must not stand where
+  // another is rounded. Samples of one position, which are no larger than they are clipped to, share a chunk.
+  const int64_t pieces = (f.positions + kDepth - 1) / kDepth, together = f.positions == 1 ? kDepth : 1;
+  const int64_t depth = f.positions == 1 ? kDepth : (f.positions + pieces - 1) / pieces;
   for (int64_t sample = first; sample < first + samples; sample += together) {
     const int64_t from = sample * f.positions, to = std::min(sample + together, first + samples) * f.positions;
     for (int64_t k = from; k < to; k += depth) {
@@ -80,8 +83,10 @@ void factored_sum(const Factors& f, const std::vector<double>& coef, float* out,
   // Few regions, many positions: these are split too, in a number of parts that follows from the shapes alone.
   const int64_t parts = count >= 4 ? 1 : std::clamp<int64_t>(std::min(rows / (8 * kDepth), f.samples), 1, 8);
   std::vector<std::vector<double>> totals(parts * count);
+  const FloatState state = FloatState::current();
 #pragma omp parallel num_threads(threads) if (rows * inputs * outputs > kSerial)
   {
+    const FloatState::Hold hold(state);
     Panels panels;
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < parts * count; ++task) {
@@ -108,8 +113,10 @@ void bias_sum(const Factors& f, const std::vector<double>& coef, float* out, con
               int threads) {
   constexpr int64_t kColumns = 256;
   const int64_t outputs = f.backprops.columns;
+  const FloatState state = FloatState::current();
 #pragma omp parallel for num_threads(threads) schedule(static) if (f.samples * f.positions * outputs > kSerial)
   for (int64_t o = 0; o < outputs; o += kColumns) {
+    const FloatState::Hold hold(state);
     const int64_t n = std::min(kColumns, outputs - o);
     float row[kColumns];
     double sample[kColumns], total[kColumns] = {};

@@ -11,6 +11,7 @@
 
 #include "barrier.h"
 #include "blocks.h"
+#include "float_state.h"
 #include "isa.h"
 
 namespace adamix {
@@ -154,8 +155,10 @@ double head_clip_sum_noise(const Head& head, double threshold, float* weight_sum
   std::vector<std::vector<double>> totals(regions.size());
   const auto elements = [&](int64_t row) { return Tensor{head.features, inputs, head.dtype}.at(row, 0); };
   Barrier barrier;
+  const FloatState state = FloatState::current();
 #pragma omp parallel num_threads(threads) if (work > kSerial)
   {
+    const FloatState::Hold hold(state);
     const Thread thread;
     Residuals residuals(head);
     Panels panels;
@@ -206,8 +209,10 @@ void head_coordinates(const Head& head, const float* basis, int64_t rank, float*
   const int64_t inputs = head.inputs, outputs = head.outputs, units = (head.rows + kUnitRows - 1) / kUnitRows;
   const int64_t size = outputs * (inputs + (head.bias != nullptr));
   const Dense features(head.features, head.dtype, 1, inputs);
+  const FloatState state = FloatState::current();
 #pragma omp parallel num_threads(threads) if (head.rows * inputs * outputs * (rank + 1) > kSerial)
   {
+    const FloatState::Hold hold(state);
     Residuals residuals(head);
     Products products;
     std::vector<float> residual(kUnitRows * outputs);

@@ -12,6 +12,7 @@
 #include <type_traits>
 
 #include "blocks.h"
+#include "float_state.h"
 #include "isa.h"
 #include "norm.h"
 
@@ -147,8 +148,10 @@ void scale_shift_norm_sq(const Scaled& layer, bool bias, float* out, int threads
   const double error = 2 * static_cast<double>(layer.positions + 2) * std::numeric_limits<double>::epsilon();
   const SumSq square = sum_sq_of(DType::kFloat64);
   std::vector<double> partial(samples * blocks), squares(samples);
+  const FloatState state = FloatState::current();
 #pragma omp parallel for num_threads(threads) schedule(static) if (samples * layer.positions * layer.cols > kSerial)
   for (int64_t task = 0; task < samples * blocks; ++task) {
+    const FloatState::Hold hold(state);
     const int64_t start = task % blocks * kColumns, size = std::min(kColumns, layer.cols - start);
     Sums sums;
     sum_sample<true>(layer, task / blocks, start, size, sums);
@@ -168,8 +171,10 @@ void scale_shift_clip_sum(const Scaled& layer, const std::vector<double>& coef, 
   // Samples that are added up by one thread, however many there are.
   const int64_t together = std::max<int64_t>(4, (samples + 63) / 64), chunks = (samples + together - 1) / together;
   std::vector<double> partial(2 * chunks * cols);
+  const FloatState state = FloatState::current();
 #pragma omp parallel for num_threads(threads) schedule(static) if (samples * layer.positions * cols > kSerial)
   for (int64_t task = 0; task < chunks * blocks; ++task) {
+    const FloatState::Hold hold(state);
     const int64_t chunk = task / blocks, start = task % blocks * kColumns, size = std::min(kColumns, cols - start);
     double *weights = partial.data() + 2 * chunk * cols + start, *biases = weights + cols;
     for (int64_t b = chunk * together; b < std::min(samples, (chunk + 1) * together); ++b) {

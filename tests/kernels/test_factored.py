@@ -386,6 +386,21 @@ def test_a_cancelling_sample_does_not_swallow_the_others(backend: str, positions
             assert float((total - without).norm()) <= 0.1
 
 
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+@pytest.mark.parametrize("method", ["gram", "direct"])
+@pytest.mark.parametrize("positions", [2, 4, 16, 64, 200])
+def test_beside_a_cancelling_sample_another_adds_no_more_than_the_threshold(
+    backend: str, method: str, positions: int
+) -> None:
+    """Were they in one float32 sum, the large terms of the one would round what the other adds, upwards too."""
+    a, g = torch.ones(2, positions, 1), torch.zeros(2, positions, 132)
+    g[1, 0], g[1, 1], a[0, 1], g[0, 0] = 1e9, -1e9, 0.0, 132**-0.5
+    with use_backend(backend):
+        coef = clip_coef(linear_norm_sq(a, g, False, method), 1.0)
+        both, alone = (linear_clip_sum(a[i:], g[i:], coef[i:]).weight.double() for i in (0, 1))
+    assert float((both - alone).norm()) <= BOUND
+
+
 # --- The rest ---------------------------------------------------------------------------------------------------------
 
 

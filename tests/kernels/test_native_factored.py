@@ -54,7 +54,7 @@ def works() -> dict[str, Any]:
     """Large enough for several threads, blocks and chunks; the last with few outputs, so that its rows are split."""
     a, g, coef = randn(1, 5, 150, 170), randn(2, 5, 150, 110), randn(3, 5).abs()
     image, back = randn(4, 4, 12, 14, 15), randn(5, 4, 20, 14, 15)
-    x, labels = randn(6, 2000, 97), torch.arange(2000) % 17
+    x, labels = randn(6, 9000, 97), torch.arange(9000) % 17  # three blocks of rows
     weight, bias = randn(7, 17, 97) * 0.2, randn(8, 17)
     conv = {"kernel_size": (3, 3), "padding": "same", "groups": 2, "bias": True}
     return {
@@ -175,6 +175,47 @@ def test_rows_whose_logits_overflow_are_left_out() -> None:
         out = softmax_head_clip_sum_noise(x, labels, weight, None, 1.0)
         rest = softmax_head_clip_sum_noise(x[[0, 2]], labels[[0, 2]], weight, None, 1.0)
     assert out.norm_sq[1] == torch.inf and torch.equal(out.weight, rest.weight) and out.loss == rest.loss
+
+
+def test_a_confident_row_keeps_its_precision() -> None:
+    """Softmax minus one would leave few digits of a probability near one."""
+    x, weight = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[14.0, -3.0], [0.0, 9.0], [1.0, 0.5]])
+    labels = torch.tensor([0, 1])
+    with use_backend("cpp"):
+        got = softmax_head_clip_sum_noise(x, labels, weight)
+    with use_backend("torch"):
+        expected = softmax_head_clip_sum_noise(x.double(), labels, weight.double())
+    torch.testing.assert_close(got.weight.double(), expected.weight, rtol=2e-6, atol=0)
+    torch.testing.assert_close(got.norm_sq, expected.norm_sq, rtol=4e-6, atol=0)
+
+
+FLUSHED = """
+import torch
+from adamix_kernels import *
+torch.set_num_threads(2)
+large = torch.randn(64, 64, 64)
+with use_backend("cpp"):
+    linear_norm_sq(large, large)  # now the second thread is there, and keeps denormals
+    torch.set_flush_denormal(True)
+    a, g = torch.full((8, 4, 64), 1e-39), torch.full((8, 4, 64), 1e38)
+    worst = 0.0
+    for method in ("gram", "direct"):
+        coef = clip_coef(linear_norm_sq(a, g, False, method), 1.0)
+        for b in range(8):
+            one = torch.zeros(8)
+            one[b] = coef[b]
+            worst = max(worst, float(linear_clip_sum(a, g, one).weight.double().norm()))
+    a, g = a[:, :1].expand(8, 5000, 64), g[:, :1].expand(8, 5000, 64)
+    coef = clip_coef(scale_shift_norm_sq(a[:1, :2], g[:1, :2], False), 1.0)
+    worst = max(worst, float(scale_shift_clip_sum(a, g, coef.repeat(8), False).weight.norm()) / 8)
+print(worst)
+"""
+
+
+def test_all_threads_treat_denormals_as_the_caller_does() -> None:
+    """Else a norm made by one that flushes them, and a sum by one that does not, would be of different numbers."""
+    done = subprocess.run([sys.executable, "-c", FLUSHED], check=True, capture_output=True, text=True)
+    assert float(done.stdout) <= 1
 
 
 MEMORY = """
