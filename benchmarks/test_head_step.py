@@ -91,7 +91,17 @@ def test_head_step(
     wide = x if dtype == torch.float32 else x.float()
     contenders["not private"] = lambda: not_private(wide, y, head)
     contenders["not private, autograd"] = lambda: autograd(wide, y, head)
+    plain = contenders["not private"]()
+    torch.testing.assert_close(
+        contenders["not private, autograd"](), plain, rtol=1e-3, atol=1e-4 * float(plain.abs().max())
+    )
+    unclipped = kernels.softmax_head_clip_sum_noise(wide, y, head.weight.detach(), head.bias.detach())
+    torch.testing.assert_close(
+        joined(unclipped.weight, unclipped.bias), plain, rtol=1e-3, atol=1e-4 * float(plain.abs().max())
+    )
     contenders["ours with noise"] = lambda: ours(1.0)
+    z = (ours(1.0).double() - expected) / MAX_GRAD_NORM
+    assert abs(float(z.std()) - 1) < 6 / (2 * z.numel()) ** 0.5 + 1e-3, "its noise has another standard deviation"
     times = medians(contenders, device, rounds)
     with capsys.disabled():
         show(f"{device} head step {name}", times, {"not private": times["not private"]})
@@ -122,6 +132,10 @@ def test_adamix_step(benchmark: Any, capsys: Any) -> None:
             plain.bias -= 1e-6 * grad[:, -1]
 
     contenders = {"AdaMix step": lambda: next(steps), "not private": ordinary}
+    grad = not_private(x[public:], y[public:], model.head)
+    quiet, norm_sq, _ = model.clip_sum_noise(rows, max_grad_norm=float("inf"))
+    torch.testing.assert_close(quiet, torch.cat([grad[:, :-1].flatten(), grad[:, -1]]), rtol=1e-3, atol=1e-3)
+    assert len(norm_sq) == private
     times = medians(contenders, "cpu", 5)
     with capsys.disabled():
         title = f"full-batch step, {private} private and {public} public rows x {inputs} -> {classes}"

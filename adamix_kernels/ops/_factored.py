@@ -65,8 +65,8 @@ def sum_error(length: Tensor, positions: int, dtype: torch.dtype) -> Tensor:
 
     This is how the norms bound what a sample contributes. Its sum is computed from a gradient whose norm is at most
     n + e, n being exact. So the squared norm that goes to `clip_coef` is that of n + e or more, and the factor
-    C / (n + e) leaves at most C, whatever cancels. A sample of several positions shares no float32 sum with another: its
-    large terms would stand in the other's rounding. The inflation e / n is about sqrt(T) times the factor of R on
+    C / (n + e) leaves at most C, whatever cancels. A sample of several positions shares no float32 sum with another:
+    its large terms would stand in the other's rounding. The inflation e / n is about sqrt(T) times the factor of R on
     ordinary inputs.
     """
     return own_error(length, positions) if dtype == torch.float64 else float32_error(positions) * length

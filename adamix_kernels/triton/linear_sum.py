@@ -19,13 +19,11 @@ from adamix_kernels.triton.noise import _STREAM
 from adamix_kernels.triton.norm import scale, wide
 
 # What a sample's part of the sum may be off by is in its norm, see `sum_error`: its products are added in chains, and
-# for each `part` is rounded, which is as large as what the sample has added so far and the clipped ones before it. Of
-# long samples a chain has 64 positions, of others 32 or `part` is one chain of 64, and goes to float64 every SPAN.
+# for each `part` is rounded, which is as large as what the sample has added so far. Samples of one position, which are
+# no larger than they are clipped to, share chains; longer ones do not, even if a dot's depth is then mostly empty.
 
 #: Positions between two additions in float64, which cost as much as some dots.
 _SPAN = 512
-#: Shorter samples than that share their chains: there a dot's depth would be mostly empty.
-_LONG = 16
 
 
 @triton.jit
@@ -56,17 +54,21 @@ def sample_sums(
     o, i, split = _place(tl.program_id(0), tiles, tl.cdiv(inner, COLS), ROWS, COLS)
     chains = tl.cdiv(positions, CHAIN)
     total = tl.zeros([ROWS, COLS], tl.float64)
-    start_sample = split.to(tl.int32) * share
-    last = tl.minimum(start_sample + share, samples) * chains
-    for start in range(start_sample * chains, last, SPAN // CHAIN):
-        part = tl.zeros([ROWS, COLS], tl.float32)
-        for link in range(start, tl.minimum(start + SPAN // CHAIN, last)):
-            sample, first = (link // chains).to(tl.int64), link % chains * CHAIN
-            c = tl.load(coef + sample)
-            own_a, own_g = a + sample * positions * inner, g + sample * positions * outer
-            chain = outer_products(own_a, inner, i, own_g, outer, o, first, positions, DEPTH, CHAIN)
-            part = tl.where(c > 0, part + c * chain, part)
-        total += part.to(tl.float64)
+    first_sample = split.to(tl.int32) * share
+    last_sample = tl.minimum(first_sample + share, samples)
+    # Samples of one chain share `part`; one of several has its own, where large terms may yet meet their opposites.
+    together = tl.where(chains == 1, SPAN // CHAIN, 1)
+    for group in range(first_sample, last_sample, together):
+        last = tl.minimum(group + together, last_sample) * chains
+        for start in range(group * chains, last, SPAN // CHAIN):
+            part = tl.zeros([ROWS, COLS], tl.float32)
+            for link in range(start, tl.minimum(start + SPAN // CHAIN, last)):
+                sample, first = (link // chains).to(tl.int64), link % chains * CHAIN
+                c = tl.load(coef + sample)
+                own_a, own_g = a + sample * positions * inner, g + sample * positions * outer
+                chain = outer_products(own_a, inner, i, own_g, outer, o, first, positions, DEPTH, CHAIN)
+                part = tl.where(c > 0, part + c * chain, part)
+            total += part.to(tl.float64)
     _store(out + split * size, total, o, outer, i, inner)
 
 
@@ -165,12 +167,11 @@ class WeightedSum:
         """Of `a [B, T, I]` and `g [B, T, O]`, the largest B first; `length [B, T]` is that of the rows of g."""
         samples, positions, _ = a.shape
         rows, size, sums = samples * positions, len(self.out), self.sizes.sums
-        whole = a.dtype == g.dtype != torch.float32 and positions >= _LONG
-        if not whole and a.dtype != torch.bfloat16:
+        whole = positions > 1
+        if not (whole and a.dtype == g.dtype) and (whole or a.dtype != torch.bfloat16):
             a, g = a.float(), g.float()
-        tile = (sums.half if whole else sums.of(torch.float32, a.dtype)).fit(
-            self.outer, self.inner, positions if whole else rows
-        )
+        kinds = (a.dtype, g.dtype) if whole else (torch.float32, a.dtype)
+        tile = sums.of(*kinds).fit(self.outer, self.inner, positions if whole else rows)
         tiles = triton.cdiv(self.outer, tile.rows) * triton.cdiv(self.inner, tile.cols)
         more = self.parts is not None
         if self.parts is None:

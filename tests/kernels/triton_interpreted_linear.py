@@ -235,6 +235,18 @@ def test_sums_of_factors_of_every_size(dtype: torch.dtype, positions: int) -> No
                     assert error <= 1e-6 * float(wanted.abs().max()) + floor, (up, down, coef)
 
 
+@pytest.mark.parametrize("positions", [2, 20, 70])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_beside_a_cancelling_sample_another_adds_no_more_than_the_threshold(dtype: torch.dtype, positions: int) -> None:
+    """Were they in one float32 sum, the large terms of the one would round what the other adds, upwards too."""
+    a, g = torch.ones(2, positions, 1), torch.zeros(2, positions, 132)
+    g[1, 0], g[1, -1], a[0, 1], g[0, 0] = 1e9, -1e9, 0.0, 132**-0.5
+    a, g = a.to(dtype), g.to(dtype)
+    coef = clip_coef(linear_norm_sq(a, g, False, "direct"), 1.0)
+    both, alone = (linear_clip_sum(a[i:], g[i:], coef[i:]).weight.double() for i in (0, 1))
+    assert float((both - alone).norm()) <= 1 + 1e-6
+
+
 def test_small_sums_of_narrow_types_keep_their_digits() -> None:
     """Bfloat16 has 8 bits from 2^-126 on only."""
     a, g = torch.tensor([[1.0, 0.00130]], dtype=torch.bfloat16), torch.tensor([[1.0]], dtype=torch.bfloat16)
