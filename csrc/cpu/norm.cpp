@@ -19,7 +19,13 @@ namespace {
 
 constexpr int kLanes = 32;  // independent accumulators: enough to hide the latency of the addition
 
-template <class T>
+// sum + x^2. The square of a narrower number is exact in double, so one operation gives the bits of two.
+template <bool kFused>
+ADAMIX_INLINE double add_square(double x, double sum) {
+  return kFused ? __builtin_fma(x, x, sum) : sum + x * x;
+}
+
+template <class T, bool kFused>
 ADAMIX_INLINE double sum_sq(const void* data, int64_t n) {
   const T* x = static_cast<const T*>(data);
   if (n < kLanes) {
@@ -30,10 +36,7 @@ ADAMIX_INLINE double sum_sq(const void* data, int64_t n) {
   double lanes[kLanes] = {};
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes)
-    for (int j = 0; j < kLanes; ++j) {
-      const double value = widen(x[i + j]);
-      lanes[j] += value * value;
-    }
+    for (int j = 0; j < kLanes; ++j) lanes[j] = add_square<kFused>(widen(x[i + j]), lanes[j]);
   for (int j = 0; i < n; ++i, ++j) {
     const double value = widen(x[i]);
     lanes[j] += value * value;
@@ -45,15 +48,15 @@ ADAMIX_INLINE double sum_sq(const void* data, int64_t n) {
 
 template <class T>
 double sum_sq_portable(const void* x, int64_t n) {
-  return sum_sq<T>(x, n);
+  return sum_sq<T, false>(x, n);
 }
 template <class T>
 ADAMIX_AVX2 double sum_sq_avx2(const void* x, int64_t n) {
-  return sum_sq<T>(x, n);
+  return sum_sq<T, sizeof(T) < sizeof(double)>(x, n);
 }
 template <class T>
 ADAMIX_AVX512 double sum_sq_avx512(const void* x, int64_t n) {
-  return sum_sq<T>(x, n);
+  return sum_sq<T, sizeof(T) < sizeof(double)>(x, n);
 }
 
 }  // namespace
