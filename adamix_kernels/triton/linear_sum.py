@@ -18,9 +18,9 @@ from adamix_kernels.triton.linear_norm import lengths
 from adamix_kernels.triton.noise import _STREAM
 from adamix_kernels.triton.norm import scale, wide
 
-# What a sample's part of the sum may be off by is in its norm, see `sum_error`: its products are added in chains, and
-# for each `part` is rounded, which is as large as what the sample has added so far. Samples of one position, which are
-# no larger than they are clipped to, share chains; longer ones do not, even if a dot's depth is then mostly empty.
+# What a sample's part of the sum may be off by is in its norm, see `sum_error`: its products are added in chains, which
+# meet in float64. Samples of one position, which are no larger than they are clipped to, share chains; longer ones do
+# not, even if a dot's depth is then mostly empty: large terms that cancel must not stand where another is rounded.
 
 #: Positions between two additions in float64, which cost as much as some dots.
 _SPAN = 512
@@ -44,7 +44,7 @@ def _store(out, total, o, outer, i, inner):
             do_not_specialize_on_alignment=["coef"])  # fmt: skip
 def sample_sums(
     a, g, coef, out, samples, positions, inner, outer, tiles, share, size,
-    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, CHAIN: tl.constexpr, SPAN: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
     """A program sums `share` samples into its part of `out [splits, size]`, a chain having positions of one only.
 
@@ -54,21 +54,13 @@ def sample_sums(
     o, i, split = _place(tl.program_id(0), tiles, tl.cdiv(inner, COLS), ROWS, COLS)
     chains = tl.cdiv(positions, CHAIN)
     total = tl.zeros([ROWS, COLS], tl.float64)
-    first_sample = split.to(tl.int32) * share
-    last_sample = tl.minimum(first_sample + share, samples)
-    # Samples of one chain share `part`; one of several has its own, where large terms may yet meet their opposites.
-    together = tl.where(chains == 1, SPAN // CHAIN, 1)
-    for group in range(first_sample, last_sample, together):
-        last = tl.minimum(group + together, last_sample) * chains
-        for start in range(group * chains, last, SPAN // CHAIN):
-            part = tl.zeros([ROWS, COLS], tl.float32)
-            for link in range(start, tl.minimum(start + SPAN // CHAIN, last)):
-                sample, first = (link // chains).to(tl.int64), link % chains * CHAIN
-                c = tl.load(coef + sample)
-                own_a, own_g = a + sample * positions * inner, g + sample * positions * outer
-                chain = outer_products(own_a, inner, i, own_g, outer, o, first, positions, DEPTH, CHAIN)
-                part = tl.where(c > 0, part + c * chain, part)
-            total += part.to(tl.float64)
+    first_link = split.to(tl.int32) * share * chains
+    for link in range(first_link, tl.minimum(first_link + share * chains, samples * chains)):
+        sample, first = (link // chains).to(tl.int64), link % chains * CHAIN
+        c = tl.load(coef + sample)
+        own_a, own_g = a + sample * positions * inner, g + sample * positions * outer
+        chain = outer_products(own_a, inner, i, own_g, outer, o, first, positions, DEPTH, CHAIN)
+        total = tl.where(c > 0, total + c.to(tl.float64) * chain.to(tl.float64), total)
     _store(out + split * size, total, o, outer, i, inner)
 
 
@@ -185,7 +177,7 @@ class WeightedSum:
         if tiles and whole:
             sample_sums[(tiles * splits,)](
                 a, g, coef, self.parts, samples, positions, self.inner, self.outer, tiles, share, size,
-                SPAN=_SPAN, **tile.constants(), **tile.options(),
+                **tile.constants(), **tile.options(),
             )  # fmt: skip
         elif tiles:
             position_sums[(tiles * splits,)](

@@ -64,10 +64,10 @@ def variants(sizes: launch.Matrix, kind: str) -> Iterator[Variant]:
                      **side.constants()}  # fmt: skip
             yield Variant(f"gram_norms{name} {bias}", linear_norm.gram_norms, given, side.options())
     common = {"a": a, "g": g, "coef": "*fp32"}
-    if first == second != torch.float32:
-        for name, tile in shapes(sizes.sums.half):
+    if first == second:
+        for name, tile in shapes(sizes.sums.of(first, second)):
             for out in ("*fp32", "*fp64"):
-                given = {**common, "out": out, "SPAN": 512, **tile.constants()}
+                given = {**common, "out": out, **tile.constants()}
                 yield Variant(f"sample_sums{name} {out}", linear_sum.sample_sums, given, tile.options())
     for name, tile in shapes(sizes.sums.of(torch.float32, first)) if first != torch.float16 else ():
         for out, more in [("*fp32", False), ("*fp64", True)]:
