@@ -6,7 +6,7 @@ import functools
 import importlib.util
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,6 +20,7 @@ from adamix_kernels.ops.clip import ClippedSum, clip_coef, clip_sum, clip_sum_no
 from adamix_kernels.ops.noise import Noise, add_gaussian_noise_
 from adamix_kernels.ops.norm import grad_norm_sq
 from adamix_kernels.ops.quantile import norm_quantile, rank_of
+from adamix_kernels.spec import FLOAT_DTYPES
 
 CPU = torch.device("cpu")  # whatever the default device
 
@@ -54,6 +55,15 @@ def dtype_of(dtype: torch.dtype) -> Any:
     return getattr(compiled().DType, str(dtype).removeprefix("torch."))
 
 
+def register(op: Any, *tensors: str, dtypes: Sequence[torch.dtype] = FLOAT_DTYPES) -> Callable[[Any], Any]:
+    """Attach an implementation of `op` for plain CPU tensors, which are the arguments `tensors`."""
+
+    def refuses(**call: Any) -> str | None:
+        return none_behind([call[name] for name in tensors], "cpu")
+
+    return op.register("cpp", device="cpu", dtypes=dtypes, unavailable=unavailable, refuses=refuses)
+
+
 @functools.cache
 def cache_bytes() -> int:
     """Size of the processor's last cache; 16 MiB if it is not known."""
@@ -73,12 +83,7 @@ def _grad_norm_sq(grad_sample: Tensor | Sequence[Tensor]) -> Tensor:
     return out
 
 
-@clip_coef.register(
-    "cpp",
-    device="cpu",
-    unavailable=unavailable,
-    refuses=lambda norm_sq, max_grad_norm: none_behind([norm_sq, max_grad_norm], "cpu"),
-)
+@register(clip_coef, "norm_sq", "max_grad_norm")
 def _clip_coef(norm_sq: Tensor, max_grad_norm: float | Tensor) -> Tensor:
     squares = plain(norm_sq)
     out = torch.empty(len(squares), dtype=torch.float32, device=CPU)
@@ -88,9 +93,7 @@ def _clip_coef(norm_sq: Tensor, max_grad_norm: float | Tensor) -> Tensor:
     return out
 
 
-@norm_quantile.register(
-    "cpp", device="cpu", unavailable=unavailable, refuses=lambda norm_sq, q: none_behind([norm_sq], "cpu")
-)
+@register(norm_quantile, "norm_sq")
 def _norm_quantile(norm_sq: Tensor, q: float) -> Tensor:
     squares = plain(norm_sq)
     count = len(squares)

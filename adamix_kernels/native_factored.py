@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from adamix_kernels.memory import none_behind, plain
-from adamix_kernels.native import CPU, compiled, dtype_of, unavailable
+from adamix_kernels.memory import plain
+from adamix_kernels.native import CPU, compiled, dtype_of
+from adamix_kernels.native import register as register_all
 from adamix_kernels.ops._factored import by_gram
 from adamix_kernels.ops.conv import ConvSum, conv_axes, conv_clip_sum, conv_norm_sq
 from adamix_kernels.ops.head import HeadSum, softmax_head_clip_sum_noise
@@ -18,8 +19,8 @@ from adamix_kernels.ops.head_variants import softmax_head_coordinates
 from adamix_kernels.ops.linear import LinearSum, linear_clip_sum, linear_norm_sq
 from adamix_kernels.ops.noise import Noise
 
-#: They compute in float32.
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: The kernels here compute in float32.
+register = functools.partial(register_all, dtypes=(torch.float32, torch.bfloat16, torch.float16))
 
 
 def address(x: Tensor) -> tuple[int, Any]:
@@ -29,15 +30,6 @@ def address(x: Tensor) -> tuple[int, Any]:
 def draw(noise: Noise | None, std: float) -> tuple[list[int], int, float] | None:
     """What a kernel is told of the noise, for which it takes a draw."""
     return None if noise is None else (noise._key, noise.next_draw(), std)
-
-
-def register(op: Any, *tensors: str) -> Callable[[Any], Any]:
-    """Attach an implementation of `op` for plain CPU tensors, which are the arguments `tensors`."""
-
-    def refuses(**call: Any) -> str | None:
-        return none_behind([call[name] for name in tensors], "cpu")
-
-    return op.register("cpp", device="cpu", dtypes=DTYPES, unavailable=unavailable, refuses=refuses)
 
 
 def _layer(activations: Tensor, backprops: Tensor) -> tuple[Tensor, Tensor, tuple[int, int, int, int]]:

@@ -8,15 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adamix_kernels.memory import none_behind, plain
-from adamix_kernels.native import CPU, compiled, dtype_of, unavailable
+from adamix_kernels.memory import plain
+from adamix_kernels.native import CPU, compiled, dtype_of, register
 from adamix_kernels.ops._numerics import sum_dtype
 from adamix_kernels.ops.embedding import embedding_clip_sum, embedding_norm_sq
 from adamix_kernels.ops.scale_shift import ScaleShiftSum, scale_shift_clip_sum, scale_shift_norm_sq
-
-
-def _without_memory(**arguments: Any) -> str | None:
-    return none_behind(list(arguments.values()), "cpu")
 
 
 def _sizes(x: Tensor) -> tuple[int, int, int]:
@@ -24,7 +20,7 @@ def _sizes(x: Tensor) -> tuple[int, int, int]:
     return x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1]
 
 
-@embedding_norm_sq.register("cpp", device="cpu", unavailable=unavailable, refuses=_without_memory)
+@register(embedding_norm_sq, "indices", "backprops")
 def _embedding_norm_sq(indices: Tensor, backprops: Tensor, padding_idx: int | None = None) -> Tensor:
     ids, g = plain(indices.long()), plain(backprops)
     out = torch.empty(len(g), dtype=torch.float32, device=CPU)
@@ -33,7 +29,7 @@ def _embedding_norm_sq(indices: Tensor, backprops: Tensor, padding_idx: int | No
     return out
 
 
-@embedding_clip_sum.register("cpp", device="cpu", unavailable=unavailable, refuses=_without_memory)
+@register(embedding_clip_sum, "indices", "backprops", "coef")
 def _embedding_clip_sum(
     indices: Tensor, backprops: Tensor, coef: Tensor, num_embeddings: int, padding_idx: int | None = None
 ) -> Tensor:
@@ -58,7 +54,7 @@ def _layer(activations: Tensor, backprops: Tensor) -> tuple[Tensor, Tensor, tupl
     return a, g, (a.data_ptr(), g.data_ptr(), dtype_of(dtype), *sizes, first)
 
 
-@scale_shift_norm_sq.register("cpp", device="cpu", unavailable=unavailable, refuses=_without_memory)
+@register(scale_shift_norm_sq, "activations", "backprops")
 def _scale_shift_norm_sq(activations: Tensor, backprops: Tensor, bias: bool = True) -> Tensor:
     _a, g, described = _layer(activations, backprops)
     out = torch.empty(len(g), dtype=torch.float32, device=CPU)
@@ -66,7 +62,7 @@ def _scale_shift_norm_sq(activations: Tensor, backprops: Tensor, bias: bool = Tr
     return out
 
 
-@scale_shift_clip_sum.register("cpp", device="cpu", unavailable=unavailable, refuses=_without_memory)
+@register(scale_shift_clip_sum, "activations", "backprops", "coef")
 def _scale_shift_clip_sum(activations: Tensor, backprops: Tensor, coef: Tensor, bias: bool = True) -> ScaleShiftSum:
     _a, g, described = _layer(activations, backprops)
     factors = plain(coef)
