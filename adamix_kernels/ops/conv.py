@@ -238,6 +238,10 @@ def conv_norm_sq(
 
     Returns:
         `[B]` float32, never below the exact value nor 1.2e-38, Inf where it is not finite; guarded as `linear_norm_sq`.
+
+    Raises:
+        TypeError, ValueError: names the argument that does not fit (its dtype, one of float32, bfloat16, float16 and
+            float64; its shape; its value), what was given and what to pass.
     """
     axes = conv_axes(kernel_size, stride, padding, dilation)
     parts = [
@@ -277,6 +281,10 @@ def conv_clip_sum(
 
     Returns:
         `ConvSum(weight, bias)` float32, float64 if activations or backprops are.
+
+    Raises:
+        TypeError, ValueError: names the argument that does not fit (its dtype, one of float32, bfloat16, float16 and
+            float64; its shape; its value), what was given and what to pass.
     """
     axes = conv_axes(kernel_size, stride, padding, dilation)
     parts = [

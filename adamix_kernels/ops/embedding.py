@@ -124,6 +124,10 @@ def embedding_norm_sq(indices: Tensor, backprops: Tensor, padding_idx: int | Non
 
     Returns:
         `[B]` float32, never below the exact value nor 1.2e-38, Inf where it is not finite; guarded as `linear_norm_sq`.
+
+    Raises:
+        TypeError, ValueError: names the argument that does not fit (its dtype, one of float32, bfloat16, float16 and
+            float64; its shape; its value), what was given and what to pass.
     """
     ids, g = _rows(indices, backprops)
     keys, order = ids.sort(dim=1, stable=True)
@@ -165,6 +169,10 @@ def embedding_clip_sum(
 
     Returns:
         `[V, D]` float32, float64 if backprops are.
+
+    Raises:
+        TypeError, ValueError: names the argument that does not fit (its dtype, one of float32, bfloat16, float16 and
+            float64; its shape; its value), what was given and what to pass.
     """
     ids, g = _rows(indices, backprops)
     samples, positions, width = g.shape

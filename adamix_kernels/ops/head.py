@@ -159,6 +159,10 @@ def softmax_head_clip_sum_noise(
         is summed. That may come from logits in float32 (float64 for float64 input): the gradient of features or
         weights that differ from the given ones in their last places.
 
+    Raises:
+        TypeError, ValueError: names the argument that does not fit (its dtype, one of float32, bfloat16, float16 and
+            float64; its shape; its value), what was given and what to pass.
+
     Source: Goodfellow 2015 (arXiv 1510.01799) for the norm; Golatkar et al. 2022 (arXiv 2203.11481) for the use.
     """
     classes, width = weight.shape

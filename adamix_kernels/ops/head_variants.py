@@ -145,6 +145,10 @@ def softmax_head_mixed_sum(
     Returns:
         `MixedHeadSum(private, public, max_grad_norm)`: the clipped noisy sum, the exact sum, the threshold.
 
+    Raises:
+        TypeError, ValueError: names the argument that does not fit (its dtype, one of float32, bfloat16, float16 and
+            float64; its shape; its value), what was given and what to pass.
+
     Source: Golatkar et al. 2022 (arXiv 2203.11481), section 4.
     """
     public = softmax_head_clip_sum_noise(public_features, public_labels, weight, bias)
@@ -215,6 +219,10 @@ def softmax_head_coordinates(
 
     Returns:
         `[N, K]` float32, float64 if features, weight, bias or basis are; for `clip_sum_noise`.
+
+    Raises:
+        TypeError, ValueError: names the argument that does not fit (its dtype, one of float32, bfloat16, float16 and
+            float64; its shape; its value), what was given and what to pass.
     """
     rank, classes = len(basis), len(weight)
     directions = basis.double()[:, : weight.numel()].reshape(rank * classes, weight.shape[1])

@@ -150,6 +150,10 @@ def linear_norm_sq(activations: Tensor, backprops: Tensor, bias: bool = False, m
         That is 1e-5 to 1e-3 of ordinary norms and more where positions cancel. So `linear_clip_sum` with `clip_coef`
         of it takes at most max_grad_norm (1 + 1e-6) from a sample, and the rounding of the sum, whatever the input.
 
+    Raises:
+        TypeError, ValueError: names the argument that does not fit (its dtype, one of float32, bfloat16, float16 and
+            float64; its shape; its value), what was given and what to pass.
+
     Source: Goodfellow 2015 (arXiv 1510.01799); Li et al. 2022 (arXiv 2110.05679) for T positions.
     """
     return factored_norm_sq(_one_group(activations), _one_group(backprops), bias, method)
@@ -188,6 +192,10 @@ def linear_clip_sum(
 
     Returns:
         `LinearSum(weight, bias)` float32, float64 if activations or backprops are; both share one draw of the noise.
+
+    Raises:
+        TypeError, ValueError: names the argument that does not fit (its dtype, one of float32, bfloat16, float16 and
+            float64; its shape; its value), what was given and what to pass.
     """
     total = factored_sum(_one_group(activations), _one_group(backprops), coef, bias)[0]
     total = total.to(sum_dtype(activations, backprops))

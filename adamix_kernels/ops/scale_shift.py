@@ -95,6 +95,10 @@ def scale_shift_norm_sq(activations: Tensor, backprops: Tensor, bias: bool = Tru
 
     Returns:
         `[B]` float32, never below the exact value nor 1.2e-38, Inf where it is not finite; guarded as `linear_norm_sq`.
+
+    Raises:
+        TypeError, ValueError: names the argument that does not fit (its dtype, one of float32, bfloat16, float16 and
+            float64; its shape; its value), what was given and what to pass.
     """
     a, g = positions_axis(activations), positions_axis(backprops)
     samples, positions, width = a.shape
@@ -126,6 +130,10 @@ def scale_shift_clip_sum(activations: Tensor, backprops: Tensor, coef: Tensor, b
 
     Returns:
         `ScaleShiftSum(weight, bias)` float32, float64 if activations or backprops are.
+
+    Raises:
+        TypeError, ValueError: names the argument that does not fit (its dtype, one of float32, bfloat16, float16 and
+            float64; its shape; its value), what was given and what to pass.
     """
     a, g = positions_axis(activations), positions_axis(backprops)
     samples, positions, width = a.shape
