@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_factored import BOUND, exact_norm_sq, generator, randn, samples, worst_contribution
+from hostile_samples import BOUND, exact_norm_sq, generator, randn, samples, worst_contribution
 from torch import Tensor
 
 from adamix_kernels import (

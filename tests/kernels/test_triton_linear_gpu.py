@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from test_factored import BOUND, samples, worst_contribution
+from hostile_samples import BOUND, samples, worst_contribution
 from test_triton_gpu import random, room_for
 from torch import Tensor
 

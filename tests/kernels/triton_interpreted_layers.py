@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from hostile_samples import BOUND, exact_norm_sq, flat_norm, generator, randn, samples
 from spec_checks import check_case
-from test_factored import BOUND, exact_norm_sq, flat_norm, generator, randn, samples
 from torch import Tensor
 from triton_interpreted import on_triton, poison  # noqa: F401  for every test
 

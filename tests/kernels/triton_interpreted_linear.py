@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
+from hostile_samples import BOUND, exact_norm_sq, flat_norm, randn, samples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from spec_checks import check_case
 from test_bounds import SLACK, gradients, norm, rounding
-from test_factored import BOUND, exact_norm_sq, flat_norm, randn, samples
 from torch import Tensor
 from triton.runtime import interpreter
 from triton_interpreted import on_triton, poison  # noqa: F401  the fixtures are for all tests here too
