@@ -83,7 +83,7 @@ struct Workspace {
   std::vector<Panels> chunks;
   std::vector<double> total;
   DotRows rows_t, rows_s;
-  std::vector<float> block;
+  std::vector<float> block, x_once, y_once;
   std::vector<double> x, y;
 };
 
@@ -122,23 +122,32 @@ double direct_task(const Factors& f, bool bias, int64_t sample, int64_t outer, W
   return sum;
 }
 
-// out[t][s] = dot of rows t0 + t and s0 + s of a sample, in rows of kStride; only where s is not above t.
-void dots(const Source& source, float scale, int64_t sample, int64_t t0, int64_t nt, int64_t s0, int64_t ns,
-          Workspace& work, std::vector<double>& out) {
+// Rows t0 .. t0 + nt of a sample meet rows s0 .. s0 + ns.
+struct Block {
+  int64_t sample, t0, nt, s0, ns;
+};
+
+// out[t][s] = dot of the columns `first` and on of rows t0 + t and s0 + s, kDotDepth of them at most, in rows of
+// kStride; only where s is not above t.
+void dots(const Source& source, float scale, const Block& b, int64_t first, Workspace& work, std::vector<float>& out) {
   const auto kernel = dot();
+  const int64_t columns = std::min(kDotDepth, source.columns - first), depth = round_to(columns, kLanes);
   out.resize(kGramT * kStride);
-  work.block.resize(kGramT * kStride);
+  work.rows_t.find(source, scale, b.sample, b.t0, b.nt, first, columns, kDotX);
+  work.rows_s.find(source, scale, b.sample, b.s0, b.ns, first, columns, kDotY);
+  for (int64_t s = 0; s < b.ns; s += kDotY)
+    for (int64_t t = std::max<int64_t>(0, (b.s0 + s - b.t0) / kDotX * kDotX); t < b.nt; t += kDotX)
+      // What is lost to the right is of other s: written later, or never read.
+      kernel(work.rows_t.at(t), work.rows_s.at(s), depth, out.data() + t * kStride + s, kStride);
+}
+
+// The same of all columns, kDotDepth by kDotDepth.
+void dots(const Source& source, float scale, const Block& b, Workspace& work, std::vector<double>& out) {
+  out.assign(kGramT * kStride, 0.0);
   for (int64_t first = 0; first < source.columns; first += kDotDepth) {
-    const int64_t columns = std::min(kDotDepth, source.columns - first), depth = round_to(columns, kLanes);
-    work.rows_t.find(source, scale, sample, t0, nt, first, columns, kDotX);
-    work.rows_s.find(source, scale, sample, s0, ns, first, columns, kDotY);
-    for (int64_t s = 0; s < ns; s += kDotY)
-      for (int64_t t = std::max<int64_t>(0, (s0 + s - t0) / kDotX * kDotX); t < nt; t += kDotX)
-        // What is lost to the right is of other s: written later, or never read.
-        kernel(work.rows_t.at(t), work.rows_s.at(s), depth, work.block.data() + t * kStride + s, kStride);
-    for (int64_t t = 0; t < nt; ++t) {
-      const int64_t n = std::min(ns, t0 + t - s0 + 1);
-      if (n > 0 && first == 0) std::fill_n(out.data() + t * kStride, n, 0.0);
+    dots(source, scale, b, first, work, work.block);
+    for (int64_t t = 0; t < b.nt; ++t) {
+      const int64_t n = std::min(b.ns, b.t0 + t - b.s0 + 1);
       if (n > 0) add_to(out.data() + t * kStride, work.block.data() + t * kStride, n);
     }
   }
@@ -151,22 +160,26 @@ struct Sums {
 
 // Rows of dots of positions t with s = 0, 1, ..: lengths |a|, |g| of the t and of the s. Row r meets columns up to
 // diagonal + r, which is t itself, each twice but for the last. For the error twice is near enough there.
+template <class T>
 struct Meeting {
-  const double *x, *y, *a_t, *g_t, *a_s, *g_s;
+  const T *x, *y;
+  const double *a_t, *g_t, *a_s, *g_s;
   int64_t rows, columns, diagonal;
   double one;
 };
-ADAMIX_INLINE Sums meet(const Meeting& m) {
+template <class T>
+ADAMIX_INLINE Sums meet(const Meeting<T>& m) {
   constexpr int kParts = 16;
   double product[kParts] = {}, off_x[kParts] = {}, off_y[kParts] = {}, once = 0;
   for (int64_t r = 0; r < m.rows; ++r) {
-    const double *x = m.x + r * kStride, *y = m.y + r * kStride, a_t = m.a_t[r], g_t = m.g_t[r];
+    const T *x = m.x + r * kStride, *y = m.y + r * kStride;
+    const double a_t = m.a_t[r], g_t = m.g_t[r];
     const int64_t n = std::min(m.columns, m.diagonal + r + 1);
     const auto take = [&](int64_t i, int p) {
-      const double dot = x[i] + m.one;
-      product[p] += dot * y[i];
+      const double dot = x[i] + m.one, other = y[i];
+      product[p] += dot * other;
       off_x[p] += g_t * m.g_s[i] * std::abs(dot);
-      off_y[p] += a_t * m.a_s[i] * std::abs(y[i]);
+      off_y[p] += a_t * m.a_s[i] * std::abs(other);
     };
     int64_t i = 0;
     for (; i + kParts <= n; i += kParts)
@@ -183,25 +196,46 @@ ADAMIX_INLINE Sums meet(const Meeting& m) {
   sums.product -= once;
   return sums;
 }
-Sums meet_portable(const Meeting& m) { return meet(m); }
-ADAMIX_AVX2 Sums meet_avx2(const Meeting& m) { return meet(m); }
-ADAMIX_AVX512 Sums meet_avx512(const Meeting& m) { return meet(m); }
+template <class T>
+Sums meet_portable(const Meeting<T>& m) {
+  return meet(m);
+}
+template <class T>
+ADAMIX_AVX2 Sums meet_avx2(const Meeting<T>& m) {
+  return meet(m);
+}
+template <class T>
+ADAMIX_AVX512 Sums meet_avx512(const Meeting<T>& m) {
+  return meet(m);
+}
 
 // For the positions t0 and on, sum over them and all s of (a_t.a_s)(g_t.g_s), by symmetry from s <= t; and how far it
 // may be off: computed dots x, y are, by at most p |a_t||a_s| and q |g_t||g_s|, so their product is by at most
 // p |a_t||a_s||y| + q |g_t||g_s||x| + p q |a_t||a_s||g_t||g_s|. The last is left to the caller: it adds up to p q R^2.
 Sums gram_task(const Factors& f, bool bias, Scale scale, int64_t sample, int64_t t0, const double* a, const double* g,
                Workspace& work) {
-  const auto kernel = pick(meet_portable, meet_avx2, meet_avx512);
   const int64_t nt = std::min(kGramT, f.positions - t0);
   const double one = bias ? static_cast<double>(scale.a) * scale.a : 0;
   const double p = dot_error(f.activations.columns), q = dot_error(f.backprops.columns);
+  const bool once = std::max(f.activations.columns, f.backprops.columns) <= kDotDepth;
   Sums total;
   for (int64_t s0 = 0; s0 < t0 + nt; s0 += kGramS) {
-    const int64_t ns = std::min(kGramS, t0 + nt - s0);
-    dots(f.activations, scale.a, sample, t0, nt, s0, ns, work, work.x);
-    dots(f.backprops, scale.g, sample, t0, nt, s0, ns, work, work.y);
-    const Sums sums = kernel({work.x.data(), work.y.data(), a + t0, g + t0, a + s0, g + s0, nt, ns, t0 - s0, one});
+    const Block block{sample, t0, nt, s0, std::min(kGramS, t0 + nt - s0)};
+    const auto sum = [&](const auto& x, const auto& y) {
+      using T = std::decay_t<decltype(x[0])>;
+      const auto kernel = pick(meet_portable<T>, meet_avx2<T>, meet_avx512<T>);
+      return kernel({x.data(), y.data(), a + t0, g + t0, a + s0, g + s0, nt, block.ns, t0 - s0, one});
+    };
+    Sums sums;
+    if (once) {
+      dots(f.activations, scale.a, block, 0, work, work.x_once);
+      dots(f.backprops, scale.g, block, 0, work, work.y_once);
+      sums = sum(work.x_once, work.y_once);
+    } else {
+      dots(f.activations, scale.a, block, work, work.x);
+      dots(f.backprops, scale.g, block, work, work.y);
+      sums = sum(work.x, work.y);
+    }
     total.product += sums.product;
     total.x += q * sums.x;
     total.y += p * sums.y;
