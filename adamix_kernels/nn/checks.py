@@ -1,0 +1,90 @@
+"""What can be told of a model and an optimizer before training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from adamix_kernels.nn.errors import PrivacyError
+from adamix_kernels.nn.parameter import PrivateParameter
+
+
+def check_modules(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        where = f"module {name!r} ({type(module).__name__})"
+        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+            raise PrivacyError(
+                f"{where} mixes the samples of a batch; replace it by a GroupNorm, for instance with "
+                "adamix_kernels.replace_batch_norm(model) before the optimizer is made, or call eval() on it"
+            )
+        if isinstance(module, _InstanceNorm) and module.track_running_stats and module.training:
+            raise PrivacyError(
+                f"{where} keeps running statistics of private samples without noise; pass track_running_stats=False"
+            )
+
+
+def check_parameters(model: nn.Module, optimizer: Any, owned: set[int] | None = None) -> None:
+    """Each trainable parameter is stepped, and is still the one that the engine found, and nothing else is stepped."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for key, name in names.items():
+        parameter = model.get_parameter(name)
+        if parameter.requires_grad and key not in stepped:
+            raise PrivacyError(
+                f"parameter {name!r} is trainable but not in the optimizer: its gradient would be private and without "
+                "noise. Add it to the optimizer, or call requires_grad_(False) on it"
+            )
+        if parameter.requires_grad and owned is not None and key not in owned:
+            raise PrivacyError(
+                f"parameter {name!r} was replaced or added after the DPEngine was made, which does not see its "
+                "gradient; call detach() and make a new engine"
+            )
+    if stepped - set(names):
+        count = len(stepped - set(names))
+        raise PrivacyError(
+            f"optimizer: {count} of its parameters are not the model's; make the engine of the model that holds all of "
+            "them, and the optimizer of model.parameters()"
+        )
+
+
+def check_free(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, PrivateParameter):
+            raise PrivacyError(
+                f"model: parameter {name!r} belongs to another DPEngine; call detach() on that one first"
+            )
+        if type(parameter) is not nn.Parameter:
+            raise PrivacyError(
+                f"model: parameter {name!r} is a {type(parameter).__name__}; only plain torch.nn.Parameter is supported"
+            )
+
+
+def replace_batch_norm(model: nn.Module, groups: int = 32) -> nn.Module:
+    """Replace every BatchNorm by a GroupNorm with the same channels, scale and shift; returns the model.
+
+    Args:
+        model: changed in place; a model that is itself a BatchNorm cannot be, its replacement is returned.
+        groups: at most so many groups; the largest number below that divides the channels.
+    """
+    if isinstance(model, _BatchNorm):
+        return _group_norm(model, groups)
+    for name, child in model.named_children():
+        replaced = replace_batch_norm(child, groups)
+        if replaced is not child:
+            setattr(model, name, replaced)
+    return model
+
+
+def _group_norm(module: _BatchNorm, groups: int) -> nn.GroupNorm:
+    channels = module.num_features
+    count = max(g for g in range(1, min(groups, channels) + 1) if channels % g == 0)
+    norm = nn.GroupNorm(count, channels, eps=module.eps, affine=module.affine)
+    norm.train(module.training)
+    if module.affine:
+        norm.to(module.weight.device, module.weight.dtype)
+        norm.weight.data.copy_(module.weight.data)
+        norm.bias.data.copy_(module.bias.data)
+    return norm

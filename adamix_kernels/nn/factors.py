@@ -1,0 +1,179 @@
+"""Per-sample gradients as the ops take them: in factors where they are large, one by one where they are small."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from adamix_kernels.ops._factored import positions_axis
+from adamix_kernels.ops.clip import clip_sum
+from adamix_kernels.ops.conv import conv_clip_sum, conv_norm_sq
+from adamix_kernels.ops.embedding import embedding_clip_sum, embedding_norm_sq
+from adamix_kernels.ops.linear import linear_clip_sum, linear_norm_sq
+from adamix_kernels.ops.norm import grad_norm_sq
+from adamix_kernels.ops.scale_shift import scale_shift_clip_sum, scale_shift_norm_sq
+
+
+class Factors(Protocol):
+    """Gradients of a batch with respect to one or more parameters."""
+
+    @property
+    def samples(self) -> int:
+        """B."""
+
+    def norm_sq(self) -> Tensor:
+        """`[B]`: squared norms over all of its parameters, rounded up."""
+
+    def clip_sum(self, coef: Tensor) -> list[Tensor]:
+        """For each parameter the sum over samples of `coef[b]` times its gradient."""
+
+    def grad_sample(self) -> list[Tensor]:
+        """For each parameter the gradients themselves, `[B, *shape]`."""
+
+
+@dataclass
+class PerSample:
+    """Gradients that are there: `[B, *shape]` for each parameter."""
+
+    grads: list[Tensor]
+
+    @property
+    def samples(self) -> int:
+        return self.grads[0].shape[0]
+
+    def norm_sq(self) -> Tensor:
+        return grad_norm_sq(self.grads)
+
+    def clip_sum(self, coef: Tensor) -> list[Tensor]:
+        return list(clip_sum(self.grads, coef))
+
+    def grad_sample(self) -> list[Tensor]:
+        return self.grads
+
+
+def per_sample(of_one: Callable[..., Any], *rows: Tensor) -> Any:
+    """`of_one` of each sample's rows, stacked; what is `[B, *]` may have B = 0."""
+    if rows[0].shape[0]:
+        return torch.func.vmap(of_one, randomness="error")(*rows)
+    return tree_map(lambda x: x[:0], torch.func.vmap(of_one)(*(row.new_zeros(1, *row.shape[1:]) for row in rows)))
+
+
+def _with_bias(weight: Tensor, bias: Tensor | None) -> list[Tensor]:
+    return [weight] if bias is None else [weight, bias]
+
+
+@dataclass
+class LinearFactors:
+    """Of a weight `[O, I]`, or `[I, O]` if `transposed`, and perhaps a bias `[O]`: activations, backprops."""
+
+    activations: Tensor  # [B, *, I]
+    backprops: Tensor  # [B, *, O]
+    bias: bool
+    transposed: bool = False
+
+    @property
+    def samples(self) -> int:
+        return self.activations.shape[0]
+
+    def norm_sq(self) -> Tensor:
+        return linear_norm_sq(self.activations, self.backprops, self.bias)
+
+    def clip_sum(self, coef: Tensor) -> list[Tensor]:
+        if self.transposed and not self.bias:  # the other way round it needs no copy
+            return [linear_clip_sum(self.backprops, self.activations, coef).weight]
+        weight, bias = linear_clip_sum(self.activations, self.backprops, coef, self.bias)
+        return _with_bias(weight.T.contiguous() if self.transposed else weight, bias)
+
+    def grad_sample(self) -> list[Tensor]:
+        a, g = positions_axis(self.activations).to(self.backprops.dtype), positions_axis(self.backprops)
+        weight = torch.bmm(a.mT, g) if self.transposed else torch.bmm(g.mT, a)
+        return [weight, g.sum(1)] if self.bias else [weight]
+
+
+@dataclass
+class ConvFactors:
+    """Of a convolution's weight and perhaps a bias `[O]`; `shape` as the ops take it."""
+
+    activations: Tensor  # [B, I, *]
+    backprops: Tensor  # [B, O, *]
+    bias: bool
+    shape: dict[str, Any]
+
+    @property
+    def samples(self) -> int:
+        return self.activations.shape[0]
+
+    def norm_sq(self) -> Tensor:
+        return conv_norm_sq(self.activations, self.backprops, **self.shape, bias=self.bias)
+
+    def clip_sum(self, coef: Tensor) -> list[Tensor]:
+        return _with_bias(*conv_clip_sum(self.activations, self.backprops, coef, **self.shape, bias=self.bias))
+
+    def grad_sample(self) -> list[Tensor]:
+        inputs, outputs, shape = self.activations.shape[1], self.backprops.shape[1], dict(self.shape)
+        weight = self.backprops.new_zeros(outputs, inputs // shape["groups"], *shape.pop("kernel_size"))
+        conv = (F.conv1d, F.conv2d, F.conv3d)[weight.dim() - 3]
+
+        def of_one(a: Tensor, g: Tensor) -> Tensor:
+            return torch.func.vjp(lambda w: conv(a[None], w, **shape), weight)[1](g[None])[0]
+
+        grads = per_sample(of_one, self.activations.to(weight.dtype), self.backprops)
+        return [grads, self.backprops.flatten(2).sum(2)] if self.bias else [grads]
+
+
+@dataclass
+class EmbeddingFactors:
+    """Of a weight `[V, D]`: ids, backprops."""
+
+    indices: Tensor  # [B, *]
+    backprops: Tensor  # [B, *, D]
+    num_embeddings: int
+    padding_idx: int | None
+
+    @property
+    def samples(self) -> int:
+        return self.indices.shape[0]
+
+    def norm_sq(self) -> Tensor:
+        return embedding_norm_sq(self.indices, self.backprops, self.padding_idx)
+
+    def clip_sum(self, coef: Tensor) -> list[Tensor]:
+        return [embedding_clip_sum(self.indices, self.backprops, coef, self.num_embeddings, self.padding_idx)]
+
+    def grad_sample(self) -> list[Tensor]:
+        ids, g = self.indices.flatten(1).long(), positions_axis(self.backprops)
+        if self.padding_idx is not None:
+            g = g.where((ids != self.padding_idx)[..., None], 0.0)
+        weight = g.new_zeros(self.samples, self.num_embeddings, g.shape[-1])
+        return [weight.scatter_add_(1, ids[..., None].expand_as(g), g)]
+
+
+@dataclass
+class ScaleShiftFactors:
+    """Of a scale `[D]` of normalised activations and perhaps a shift `[D]`; `shape` is that of the parameters."""
+
+    activations: Tensor  # [B, *, D]
+    backprops: Tensor  # [B, *, D]
+    bias: bool
+    shape: Sequence[int]
+
+    @property
+    def samples(self) -> int:
+        return self.activations.shape[0]
+
+    def norm_sq(self) -> Tensor:
+        return scale_shift_norm_sq(self.activations, self.backprops, self.bias)
+
+    def clip_sum(self, coef: Tensor) -> list[Tensor]:
+        sums = scale_shift_clip_sum(self.activations, self.backprops, coef, self.bias)
+        return [total.view(*self.shape) for total in _with_bias(*sums)]
+
+    def grad_sample(self) -> list[Tensor]:
+        terms = [self.activations * self.backprops, self.backprops][: 1 + self.bias]
+        return [positions_axis(term).sum(1).view(self.samples, *self.shape) for term in terms]

@@ -1,0 +1,109 @@
+"""Parameters whose every use is seen: any torch function that meets one asks the engine for its rule.
+
+The engine changes the class of a model's parameters in place, as `UninitializedParameter` does when it materialises:
+the objects, which optimizers and modules hold, stay the same, and so do modules, their forward and the state_dict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from adamix_kernels.nn.engine import DPEngine
+    from adamix_kernels.nn.factors import Factors
+
+#: Takes gradients `[B, *shape]` with respect to a derived tensor to parameters and their factors.
+Pull = Callable[[Tensor], "tuple[tuple[PrivateParameter, ...], Factors]"]
+
+
+class PrivateParameter(nn.Parameter):
+    """A parameter of a model that an engine is attached to."""
+
+    _dp_engine: DPEngine
+    _dp_name: str
+    _dp_guarded: bool = False
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        return _dispatch(func, args, kwargs or {})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        """A copy belongs to no engine."""
+        with torch._C.DisableTorchFunctionSubclass():
+            copy = nn.Parameter(self.detach().clone(memory_format=torch.preserve_format), self.requires_grad)
+        memo[id(self)] = copy
+        return copy
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            return nn.Parameter(self.detach(), self.requires_grad).__reduce_ex__(protocol)
+
+
+class Derived(Tensor):
+    """What is computed from parameters alone, no sample: a transposed or masked weight, rows of positions."""
+
+    _dp_engine: DPEngine
+    _dp_bases: tuple[PrivateParameter, ...]
+    _dp_pull: Pull | None = None
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        return _dispatch(func, args, kwargs or {})
+
+
+Private = PrivateParameter | Derived
+
+
+def _dispatch(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    with torch._C.DisableTorchFunctionSubclass():
+        if torch.is_grad_enabled():
+            engine = next((x._dp_engine for x in tensors(args, kwargs) if isinstance(x, Private)), None)
+            if engine is not None and not engine.is_public:
+                return engine._rules.use(func, args, kwargs)
+        return func(*args, **kwargs)
+
+
+def tensors(*values: Any) -> Iterator[Tensor]:
+    """The tensors in nested arguments."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from tensors(*value)
+        elif isinstance(value, Mapping):
+            yield from tensors(*value.values())
+
+
+def bases(values: Sequence[Tensor]) -> tuple[PrivateParameter, ...]:
+    """The parameters behind private tensors, each once."""
+    found: dict[int, PrivateParameter] = {}
+    for value in values:
+        for base in value._dp_bases if isinstance(value, Derived) else (value,):
+            if isinstance(base, PrivateParameter):
+                found[id(base)] = base
+    return tuple(found.values())
+
+
+def derive(out: Any, engine: DPEngine, parents: Sequence[Tensor], pull: Pull | None = None) -> Any:
+    """What a function made of private tensors alone, marked as such where it has a history."""
+    if isinstance(out, list | tuple):
+        marked = [derive(x, engine, parents) for x in out]
+        return type(out)(marked) if type(out) in (list, tuple) else type(out)(*marked)
+    if not isinstance(out, Tensor) or isinstance(out, Private) or not out.requires_grad:
+        return out
+    result = out.as_subclass(Derived)
+    result._dp_engine, result._dp_bases, result._dp_pull = engine, bases(parents), pull
+    return result
+
+
+def names(values: Sequence[Tensor]) -> str:
+    """Of the parameters behind private tensors, for messages."""
+    return ", ".join(repr(base._dp_name) for base in bases(values))

@@ -1,0 +1,218 @@
+"""From factors of single uses to clipped sums: one backward pass is one batch of samples, each clipped once.
+
+A pass ends with autograd's outermost graph task: checkpointing that recomputes in a nested backward pass belongs to the
+pass around it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from adamix_kernels.nn.combine import combine
+from adamix_kernels.nn.errors import PrivacyError
+from adamix_kernels.nn.factors import Factors, PerSample
+from adamix_kernels.nn.parameter import Derived, PrivateParameter, names
+
+if TYPE_CHECKING:
+    from adamix_kernels.nn.engine import DPEngine
+    from adamix_kernels.nn.tap import Use
+
+#: Factors, and the parameters they are gradients of.
+Record = tuple[tuple[PrivateParameter, ...], Factors]
+
+
+@dataclass
+class _Pass:
+    task: int
+    number: int
+    samples: int | None = None
+    records: dict[str, list[Record]] = field(default_factory=dict)  # by layer
+    norms: dict[str, Tensor] = field(default_factory=dict)  # [B] squared, by layer
+    layers: dict[str, str] = field(default_factory=dict)  # by parameter
+    closed: set[str] = field(default_factory=set)
+
+
+class Passes:
+    """The backward passes of an engine, one at a time."""
+
+    def __init__(self, engine: DPEngine) -> None:
+        self._engine = engine
+        self._parents: dict[int, int] = {}  # of nested graph tasks
+        self._now: _Pass | None = None
+        self._number = 0
+        self._expected: dict[tuple[str, bool], int] = {}  # uses of a layer that wait for a gradient
+        self._pass_of: dict[int, int] = {}  # by forward pass
+        self._received: dict[tuple[str, bool], int] = {}
+        self._norm_sq: Tensor | None = None  # of the first of two backward passes
+        self.coef: Tensor | None = None  # of the second
+        self.twice = False
+
+    def forget(self) -> None:
+        """Drop what was not turned into sums: the loop has thrown it away."""
+        self._now = None
+        self._expected.clear()
+        self._parents.clear()
+        self._pass_of.clear()
+
+    def again(self) -> None:
+        """A second backward pass follows over the same graph, for the sums."""
+        self._expected = dict(self._received)
+        if self._norm_sq is not None:
+            self.coef = self._engine._coef(self._norm_sq, None)
+
+    def expect(self, use: Use) -> None:
+        for layer in self._layers(use.targets):
+            key = layer, use.task != -1
+            self._expected[key] = self._expected.get(key, 0) + 1
+        if use.task != -1:
+            self._enter(use.task)
+
+    def _layers(self, targets: Sequence[Tensor]) -> set[str]:
+        return {self._engine.layers[name] for target in targets for name in self._names(target)}
+
+    @staticmethod
+    def _names(target: Tensor) -> list[str]:
+        bases = target._dp_bases if isinstance(target, Derived) else [target]
+        return [base._dp_name for base in bases if isinstance(base, PrivateParameter)]
+
+    def _enter(self, task: int) -> _Pass:
+        """The pass that a graph task belongs to; its end is awaited."""
+        while task in self._parents:
+            task = self._parents[task]
+        if self._now is None or self._now.task != task:
+            if self._engine.is_public:
+                raise PrivacyError(
+                    "a private forward pass is followed by backward() within public(); put both inside or both outside"
+                )
+            if self._engine.strategy == "two_pass" and not self.twice:
+                raise PrivacyError("strategy 'two_pass' needs two backward passes: call dp.backward(loss)")
+            if self.coef is None:
+                self._number += 1
+                self._received.clear()
+                self._engine._begin_pass()
+            self._now = _Pass(task, self._number)  # what an aborted backward pass left is dropped
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
+        return self._now
+
+    def receive(self, use: Use, targets: Sequence[Tensor], build: Callable[[], Factors]) -> None:
+        """The gradient of one use has come."""
+        task = torch._C._current_graph_task_id()
+        if use.task not in (-1, task):
+            self._parents[task] = use.task
+        now = self._enter(task)
+        earlier = use.spent_in if use.forward is None else self._pass_of.setdefault(use.forward, now.number)
+        if earlier not in (None, now.number):
+            raise PrivacyError(
+                f"{names(targets)}: a second backward() goes through one forward pass; a sample would be clipped twice "
+                "and count twice. Add the losses and call backward() once, or run forward() again on other samples"
+            )
+        use.spent_in = now.number
+        for record in self._records(targets, build):
+            self._add(now, record)
+        for layer in self._layers(use.targets):
+            key = layer, use.task != -1
+            self._expected[key] -= 1
+            self._received[key] = self._received.get(key, 0) + 1
+            if self._expected[key] == 0:
+                self._complete(now, layer)
+
+    def _records(self, targets: Sequence[Tensor], build: Callable[[], Factors]) -> list[Record]:
+        factors = build()
+        if self._engine.strategy == "materialize":
+            factors = PerSample(factors.grad_sample())
+        plain = tuple(target for target in targets if isinstance(target, PrivateParameter))
+        if len(plain) == len(targets):
+            return [(plain, factors)]
+        records: list[Record] = []
+        for target, grads in zip(targets, factors.grad_sample(), strict=True):
+            if isinstance(target, PrivateParameter):
+                records.append(((target,), PerSample([grads])))
+            else:
+                records.append(pull(target, grads))
+        return records
+
+    def _add(self, now: _Pass, record: Record) -> None:
+        parameters, factors = record
+        if now.samples not in (None, factors.samples):
+            raise PrivacyError(
+                f"{names(parameters)}: {factors.samples} samples come to it but {now.samples} to parameters before; "
+                "dimension 0 of every input must be the batch"
+            )
+        now.samples = factors.samples
+        layer = now.layers.setdefault(parameters[0]._dp_name, self._engine.layers[parameters[0]._dp_name])
+        if any(now.layers.setdefault(p._dp_name, layer) != layer for p in parameters):
+            raise PrivacyError(
+                f"{names(parameters)}: used together and apart; their layers cannot be told from each other"
+            )
+        if layer in now.closed:
+            raise PrivacyError(
+                f"{names(parameters)}: used again in a part that is recomputed, after its layer was clipped; pass "
+                "use_reentrant=False to checkpoint(), or strategy='book_keeping'"
+            )
+        now.records.setdefault(layer, []).append(record)
+
+    def _complete(self, now: _Pass, layer: str) -> None:
+        """All gradients of a layer have come: what needs no other layer is done now, and its memory freed."""
+        if not self._engine.keeps_factors and layer in now.records:
+            now.closed.add(layer)
+            self._close(now, layer)
+
+    def _close(self, now: _Pass, layer: str) -> None:
+        engine, parts = self._engine, combine(now.records.pop(layer))
+        if self.coef is None:
+            now.norms[layer] = torch.stack([factors.norm_sq() for _, factors in parts]).double().sum(0)
+        if engine.strategy == "per_layer":
+            self._sum(parts, engine._coef(now.norms[layer], layer), now.samples or 0)
+        elif self.coef is not None:
+            self._sum(parts, self.coef, now.samples or 0)
+
+    def _sum(self, parts: Sequence[Record], coef: Tensor, samples: int) -> None:
+        for parameters, factors in parts:
+            for parameter, total in zip(parameters, factors.clip_sum(coef), strict=True):
+                self._engine._add(parameter, total, samples)
+
+    def _finish(self) -> None:
+        """The end of a pass: everything left is clipped and summed."""
+        now, self._now = self._now, None
+        self._parents.clear()
+        if now is None:
+            return
+        with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+            if self._engine.keeps_factors:
+                self._sum_all(now)
+            for layer in list(now.records):
+                self._close(now, layer)
+            if now.norms:
+                self._norm_sq = torch.stack(list(now.norms.values())).sum(0)
+                self._engine._end_pass(self._norm_sq)
+
+    def _sum_all(self, now: _Pass) -> None:
+        parts = combine([record for records in now.records.values() for record in records])
+        now.records.clear()
+        for i, (_, factors) in enumerate(parts):
+            now.norms[str(i)] = factors.norm_sq().double()
+        if parts:
+            coef = self._engine._coef(torch.stack(list(now.norms.values())).sum(0), None)
+        while parts:  # each is freed when it is summed
+            self._sum([parts.pop()], coef, now.samples or 0)
+
+
+def pull(target: Tensor, grads: Tensor) -> Record:
+    """Gradients `[B, *]` with respect to a derived tensor, taken to its parameters."""
+    assert isinstance(target, Derived)
+    if target._dp_pull is not None:
+        return target._dp_pull(grads)
+    bases = tuple(base for base in target._dp_bases if base.requires_grad)
+    engine = target._dp_engine
+    if not len(grads):
+        return bases, PerSample([grads.new_zeros(0, *base.shape) for base in bases])
+    with engine._pulling():
+        pulled = torch.autograd.grad(
+            target, bases, grads.to(target.dtype), retain_graph=True, is_grads_batched=True, materialize_grads=True
+        )
+    return bases, PerSample(list(pulled))

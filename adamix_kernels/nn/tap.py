@@ -1,0 +1,104 @@
+"""Autograd functions that see the backprops of an output, and leave the ordinary weight gradient out.
+
+The output is computed from detached parameters, so torch's own backward makes the gradient of the inputs alone. The
+tap is laid on the output, as an in-place identity that depends on the parameters: its backward is where a use of them
+becomes factors of per-sample gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from adamix_kernels.nn.errors import PrivacyError
+from adamix_kernels.nn.factors import Factors
+from adamix_kernels.nn.parameter import names
+
+if TYPE_CHECKING:
+    from adamix_kernels.nn.engine import DPEngine
+
+#: Makes factors for the wanted targets of what was saved and the backprops.
+Build = Callable[[Sequence[Tensor], Tensor, Sequence[bool]], Factors]
+
+
+class Use:
+    """One use of parameters in a forward pass, until its gradient has come."""
+
+    def __init__(self, engine: DPEngine, build: Build, targets: Sequence[Tensor]) -> None:
+        self.engine, self.build, self.targets = engine, build, targets
+        self.task = torch._C._current_graph_task_id()  # of the backward pass that recomputes this forward, or -1
+        self.forward = engine.forward_number if self.task == -1 else None
+        self.spent_in: int | None = None
+        engine._passes.expect(self)
+
+    def receive(self, nodes: Sequence[Any], saved: Sequence[Tensor], backprops: Tensor) -> None:
+        pairs = zip(self.targets, nodes, strict=True)
+        wanted = [target.requires_grad and _executes(node, self.targets) for target, node in pairs]
+        if any(wanted):
+            with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+                targets = [target for target, want in zip(self.targets, wanted, strict=True) if want]
+                self.engine._passes.receive(self, targets, lambda: self.build(saved, backprops, wanted))
+
+
+def _executes(node: Any, targets: Sequence[Tensor]) -> bool:
+    """Whether this backward pass is to reach a target; `torch.autograd.grad` of the inputs alone is not."""
+    if node is None:
+        return False
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:
+        raise PrivacyError(
+            f"{names(targets)}: torch.autograd.grad() asks for the gradient of a private parameter; call backward(), "
+            "or compute it within public() if the rows are public"
+        ) from None
+
+
+class Tap(torch.autograd.Function):
+    """`out`, which nobody else holds yet, with the targets in its history."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, use: Use, saved: Sequence[Tensor], *targets: Tensor) -> Tensor:
+        ctx.use = use
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*saved)
+        ctx.mark_dirty(out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None) -> Any:
+        if grad is not None:
+            ctx.use.receive([node for node, _ in ctx.next_functions[-len(ctx.use.targets) :]], ctx.saved_tensors, grad)
+        return grad, None, None, *[None] * len(ctx.use.targets)
+
+
+class Rows(torch.autograd.Function):
+    """A target expanded to one row per sample, `[B, 1, .., *shape]`."""
+
+    @staticmethod
+    def forward(ctx: Any, use: Use, shape: Sequence[int], target: Tensor) -> Tensor:
+        ctx.use = use
+        ctx.set_materialize_grads(False)
+        return target.detach().expand(shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None) -> Any:
+        if grad is not None:
+            ctx.use.receive([ctx.next_functions[-1][0]], [], grad)
+        return None, None, None
+
+
+def tap(engine: DPEngine, out: Tensor, build: Build, saved: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+    use = Use(engine, build, targets)
+    result: Tensor = Tap.apply(out, use, [x.detach() for x in saved], *targets)
+    return result
+
+
+def rows(engine: DPEngine, target: Tensor, shape: Sequence[int], build: Build) -> Tensor:
+    result: Tensor = Rows.apply(Use(engine, build, [target]), shape, target)
+    return result
