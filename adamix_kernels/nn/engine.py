@@ -290,7 +290,7 @@ class DPEngine:
         for _, p in self._owned:
             p.__class__ = nn.Parameter  # type: ignore[assignment]  # an optimizer is fast on these
 
-    def _after_step(self, *_: Any) -> None:
+    def _after_step(self, *args: Any) -> None:
         for _, p in self._owned:
             p.__class__ = PrivateParameter
 
