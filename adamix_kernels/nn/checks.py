@@ -2,14 +2,57 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from adamix_kernels.nn.errors import PrivacyError
 from adamix_kernels.nn.parameter import PrivateParameter
+
+STRATEGIES = ("auto", "book_keeping", "two_pass", "per_layer", "materialize")
+CLIPPINGS = ("flat", "automatic")
+REDUCTIONS = ("mean", "sum")
+
+
+def check_settings(
+    strategy: str,
+    clipping: str,
+    loss_reduction: str,
+    noise_multiplier: float,
+    expected_batch_size: float,
+    loss_scale: float,
+) -> None:
+    for name, value, known in (
+        ("strategy", strategy, STRATEGIES),
+        ("clipping", clipping, CLIPPINGS),
+        ("loss_reduction", loss_reduction, REDUCTIONS),
+    ):
+        if value not in known:
+            raise ValueError(f"{name}: is {value!r}; pass one of {', '.join(map(repr, known))}")
+    for name, number, least in (
+        ("noise_multiplier", noise_multiplier, 0.0),
+        ("expected_batch_size", expected_batch_size, None),
+        ("loss_scale", loss_scale, None),
+    ):
+        if not isinstance(number, int | float) or isinstance(number, bool):
+            raise TypeError(f"{name}: is {type(number).__name__}; pass a number")
+        if not (math.isfinite(number) and (number > 0 or number == least)):
+            raise ValueError(f"{name}: is {number}; pass a finite number above 0{', or 0' * (least is not None)}")
+
+
+def check_labels(kwargs: Mapping[str, Any]) -> None:
+    """A model that is given labels makes its loss itself, of those that it does not ignore."""
+    labels = kwargs.get("labels")
+    if isinstance(labels, Tensor) and labels.dim() > 1 and not labels.is_floating_point() and (labels == -100).any():
+        raise PrivacyError(
+            "labels: hold ignored positions (-100) with loss_reduction='mean'; the mean over the other positions "
+            "depends on how many of them other samples have. Pass loss_reduction='sum', and have the model add the "
+            "losses (transformers: num_items_in_batch=1)"
+        )
 
 
 def check_modules(model: nn.Module) -> None:

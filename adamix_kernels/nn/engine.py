@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -13,33 +12,17 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from adamix_kernels.nn import rules_layers as _rules_layers  # noqa: F401  attaches the rules
-from adamix_kernels.nn.checks import check_free, check_modules, check_parameters
-from adamix_kernels.nn.clipping import factors, scaled
+from adamix_kernels.nn.checks import check_free, check_labels, check_modules, check_parameters, check_settings
+from adamix_kernels.nn.clipping import Threshold, checked, factors, larger
 from adamix_kernels.nn.errors import PrivacyError
+from adamix_kernels.nn.hooks import Hook
+from adamix_kernels.nn.metrics import Metrics
 from adamix_kernels.nn.parameter import PrivateParameter
 from adamix_kernels.nn.passes import Passes
 from adamix_kernels.nn.rules import Rules
+from adamix_kernels.nn.validate import validate
+from adamix_kernels.ops._numerics import sum_dtype
 from adamix_kernels.ops.noise import Noise, add_gaussian_noise_
-
-STRATEGIES = ("auto", "book_keeping", "two_pass", "per_layer", "materialize")
-CLIPPINGS = ("flat", "automatic")
-REDUCTIONS = ("mean", "sum")
-
-
-class _Hook:
-    """A hook that copies of the model do not inherit."""
-
-    def __init__(self, method: Callable[..., Any] | None) -> None:
-        self._method = method
-
-    def __call__(self, *args: Any) -> Any:
-        return self._method(*args) if self._method is not None else None
-
-    def __deepcopy__(self, memo: Any) -> _Hook:
-        return _Hook(None)
-
-    def __reduce__(self) -> Any:
-        return _Hook, (None,)
 
 
 class DPEngine:
@@ -88,22 +71,7 @@ class DPEngine:
         loss_scale: float = 1.0,
         noise: Noise | None = None,
     ) -> None:
-        for name, value, known in (
-            ("strategy", strategy, STRATEGIES),
-            ("clipping", clipping, CLIPPINGS),
-            ("loss_reduction", loss_reduction, REDUCTIONS),
-        ):
-            if value not in known:
-                raise ValueError(f"{name}: is {value!r}; pass one of {', '.join(map(repr, known))}")
-        for name, number, least in (
-            ("noise_multiplier", noise_multiplier, 0.0),
-            ("expected_batch_size", expected_batch_size, None),
-            ("loss_scale", loss_scale, None),
-        ):
-            if not isinstance(number, int | float):
-                raise TypeError(f"{name}: is {type(number).__name__}; pass a number")
-            if not (math.isfinite(number) and (number > 0 or number == least)):
-                raise ValueError(f"{name}: is {number}; pass a finite number above 0{', or 0' * (least is not None)}")
+        check_settings(strategy, clipping, loss_reduction, noise_multiplier, expected_batch_size, loss_scale)
         check_free(model)
         check_modules(model)
         check_parameters(model, optimizer)
@@ -115,17 +83,19 @@ class DPEngine:
         self.steps = 0
         self.layers = {name: name.rpartition(".")[0] for name, _ in model.named_parameters()}
         self.max_grad_norm = max_grad_norm
+        self._threshold = self._threshold_now()
         self.batch_size: int | None = None
         self.forward_number: int | None = None
         self.input_storages: set[int] = set()
         self._forwards = 0
         self._public = 0
         self._pulls = 0
-        self._sums: dict[str, Tensor] = {}
-        self._limit: float | Tensor | None = None  # the largest threshold since the last step
-        self._active: set[str] = set()  # layers that are trained now
+        self._sums: dict[str, Tensor] = {}  # of whole backward passes since the last step
+        self._staged: dict[str, Tensor] = {}  # of the one that runs now: if it fails they are dropped
+        self._limits: list[float | Tensor] = []  # the threshold of each backward pass since the last step
         self._owned: list[tuple[str, PrivateParameter]] = []
         self._norm_sq: list[Tensor] = []
+        self._metrics: Metrics | None = None
         self._rules, self._passes = Rules(self), Passes(self)
         self._handles: list[Any] = []
         self._attach()
@@ -140,12 +110,13 @@ class DPEngine:
             self._owned.append((name, parameter))
         self._watch()
         self._handles += [
-            self.model.register_forward_pre_hook(_Hook(self._before_forward), with_kwargs=True),
-            self.model.register_forward_hook(_Hook(self._after_forward), always_call=True),
-            self.optimizer.register_step_pre_hook(_Hook(self._before_step)),
-            self.optimizer.register_step_post_hook(_Hook(self._after_step)),
+            self.model.register_forward_pre_hook(Hook(self._before_forward), with_kwargs=True),
+            self.model.register_forward_hook(Hook(self._after_forward), always_call=True),
+            self.optimizer.register_step_pre_hook(Hook(self._before_step)),
+            self.optimizer.register_step_post_hook(Hook(self._after_step)),
         ]
         self._zero_grad = self.optimizer.zero_grad
+        self._own_zero_grad = vars(self.optimizer).get("zero_grad")
         self.optimizer.zero_grad = self.zero_grad  # type: ignore[method-assign]
 
     def detach(self) -> None:
@@ -157,18 +128,21 @@ class DPEngine:
             parameter.__class__ = nn.Parameter  # type: ignore[assignment]
             for mark in ("_dp_engine", "_dp_name", "_dp_guarded"):
                 vars(parameter).pop(mark, None)
-        self._owned.clear()
-        if "zero_grad" in vars(self.optimizer):
+            if not parameter._backward_hooks:
+                parameter._backward_hooks = None
+        if self._owned:
             del self.optimizer.zero_grad
-        self._sums.clear()
-        self._passes.forget()
+            if self._own_zero_grad is not None:
+                self.optimizer.zero_grad = self._own_zero_grad  # type: ignore[method-assign]
+        self._owned.clear()
+        self._forget()
 
     def _watch(self) -> None:
         """An ordinary gradient that reaches a private parameter came by a way without a rule."""
         for name, parameter in self._owned:
             parameter.__class__ = PrivateParameter  # where a step failed it is not
             if parameter.requires_grad and not parameter._dp_guarded:
-                self._handles.append(parameter.register_hook(_Hook(functools.partial(self._refuse, name))))
+                self._handles.append(parameter.register_hook(Hook(functools.partial(self._refuse, name))))
                 parameter._dp_guarded = True
 
     def _refuse(self, name: str, grad: Tensor | None) -> None:
@@ -213,6 +187,8 @@ class DPEngine:
         if not torch.is_grad_enabled() or self.is_public:
             return
         check_modules(self.model)
+        if self.loss_reduction == "mean":
+            check_labels(kwargs)
         self._watch()
         found = [x for x in tree_leaves((args, dict(kwargs))) if isinstance(x, Tensor) and x.dim() > 0]
         self.batch_size = found[0].shape[0] if found else None
@@ -225,44 +201,48 @@ class DPEngine:
 
     def backward(self, loss: Tensor) -> None:
         """`loss.backward()`, twice where the strategy is "two_pass": for the norms, then for the clipped sums."""
-        if self.strategy != "two_pass":
+        if self.strategy == "two_pass":
+            self._passes.run_twice(loss)
+        else:
             loss.backward()
-            return
-        self._passes.twice = True
-        try:
-            loss.backward(retain_graph=True)
-            self._passes.again()
-            loss.backward()
-        finally:
-            self._passes.twice, self._passes.coef = False, None
 
     def _scale(self, samples: int) -> float:
         """What per-sample gradients are multiplied with by the loss."""
         return self.loss_scale / (samples if self.loss_reduction == "mean" else 1)
 
-    def threshold(self, layer: str | None) -> float | Tensor:
-        """Of a layer, or of the whole gradient."""
-        limit = self.max_grad_norm
-        if isinstance(limit, dict):
-            return limit[layer] if layer is not None else math.hypot(*(limit[name] for name in self._active))
-        return limit if layer is None else scaled(limit, 1 / math.sqrt(len(self._active)))
+    @property
+    def max_grad_norm(self) -> float | Tensor | Mapping[str, float]:
+        """The threshold of the backward passes to come."""
+        return self._max_grad_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: float | Tensor | Mapping[str, float]) -> None:
+        bounded = self.noise_multiplier > 0 or self.clipping == "automatic"
+        self._max_grad_norm = checked(value, self.strategy, set(self.layers.values()), bounded)
+
+    def _threshold_now(self) -> Threshold:
+        return Threshold.of(
+            self.max_grad_norm, {self.layers[n] for n, p in self.model.named_parameters() if p.requires_grad}
+        )
 
     def _coef(self, norm_sq: Tensor, layer: str | None) -> Tensor:
-        samples = max(len(norm_sq), 1)
-        return factors(norm_sq, self.threshold(layer), self._scale(samples), self.clipping == "automatic")
+        limit = self._threshold.whole if layer is None else self._threshold.layer(layer)
+        return factors(norm_sq, limit, self._scale(max(len(norm_sq), 1)), self.clipping == "automatic")
 
     def _add(self, parameter: PrivateParameter, total: Tensor, samples: int) -> None:
-        """Add a clipped sum to what the step releases."""
-        total = total.mul_(1 / self._scale(max(samples, 1)))
-        name = parameter._dp_name
-        self._sums[name] = self._sums[name].add_(total) if name in self._sums else total
+        """Add a clipped sum to what the step releases, once this backward pass has ended well."""
+        total = total.to(sum_dtype(total)).mul_(1 / self._scale(max(samples, 1)))
+        _accumulate(self._staged, parameter._dp_name, total)
 
     def _begin_pass(self) -> None:
-        self._active = {self.layers[name] for name, p in self._owned if p.requires_grad}
+        self._staged.clear()
+        self._threshold = self._threshold_now()
 
     def _end_pass(self, norm_sq: Tensor) -> None:
-        limit = self.threshold(None)
-        self._limit = limit if self._limit is None else _larger(self._limit, limit)
+        for name, total in self._staged.items():
+            _accumulate(self._sums, name, total)
+        self._staged.clear()
+        self._limits.append(self._threshold.whole)
         self._norm_sq.append(norm_sq / self._scale(max(len(norm_sq), 1)) ** 2)
 
     # --- the step ------------------------------------------------------------------------------------------------
@@ -274,18 +254,21 @@ class DPEngine:
             raise PrivacyError(
                 "optimizer.step(closure): backward passes within a step have no noise; call step() alone"
             )
-        if self._limit is None:
-            self._begin_pass()
-            self._limit = self.threshold(None)
+        if torch._C._current_graph_task_id() != -1:
+            raise PrivacyError("optimizer.step() within backward(): the sums are not complete; call it afterwards")
+        limits = self._limits or [self._threshold_now().whole]
+        limit = functools.reduce(larger, limits)
         trained = [(name, p) for name, p in self._owned if p.requires_grad]
         with torch._C.DisableTorchFunctionSubclass():
             sums = [self._sums.get(name, _zeros(p)) for name, p in trained]
+            self._metrics = Metrics.of(self._norm_sq, limits, sums, limit * self.noise_multiplier)
             if self.noise_multiplier and sums:
-                add_gaussian_noise_(sums, self._limit * self.noise_multiplier, self.noise)
+                add_gaussian_noise_(sums, limit * self.noise_multiplier, self.noise)
             for (_, p), total in zip(trained, sums, strict=True):
                 grad = total.div_(self.expected_batch_size).to(p.dtype)
                 p.grad = grad if p.grad is None else p.grad.add_(grad)
         self._forget()
+        self._passes.forget_forwards()
         self.steps += 1
         for _, p in self._owned:
             p.__class__ = nn.Parameter  # type: ignore[assignment]  # an optimizer is fast on these
@@ -301,17 +284,26 @@ class DPEngine:
 
     def _forget(self) -> None:
         self._sums.clear()
-        self._limit = None
-        self._norm_sq = []
+        self._staged.clear()
+        self._limits, self._norm_sq = [], []
         self._passes.forget()
 
     # --- what it knows -------------------------------------------------------------------------------------------
 
+    validate = validate
+
+    def metrics(self) -> Metrics:
+        """Of the last step, and private: no guarantee covers them. The host waits for the device only to read them."""
+        if self._metrics is None:
+            raise RuntimeError("metrics(): no step was taken yet")
+        return self._metrics
+
     def state_dict(self) -> dict[str, Any]:
         """Steps taken and settings; never the key of the noise: a resumed run draws a fresh one."""
+        limit = self.max_grad_norm
         return {
             "steps": self.steps,
-            "max_grad_norm": self.max_grad_norm,
+            "max_grad_norm": dict(limit) if isinstance(limit, Mapping) else limit,
             "noise_multiplier": self.noise_multiplier,
             "expected_batch_size": self.expected_batch_size,
         }
@@ -319,8 +311,8 @@ class DPEngine:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` gave."""
         self.steps = int(state["steps"])
-        self.max_grad_norm = state["max_grad_norm"]
         self.noise_multiplier = float(state["noise_multiplier"])
+        self.max_grad_norm = state["max_grad_norm"]
         self.expected_batch_size = float(state["expected_batch_size"])
 
     def __reduce__(self) -> NoReturn:
@@ -331,12 +323,8 @@ class DPEngine:
 
 
 def _zeros(parameter: Tensor) -> Tensor:
-    dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-    return torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
+    return torch.zeros(parameter.shape, dtype=sum_dtype(parameter), device=parameter.device)
 
 
-def _larger(x: float | Tensor, y: float | Tensor) -> float | Tensor:
-    if isinstance(x, Tensor) or isinstance(y, Tensor):
-        device = next(z.device for z in (x, y) if isinstance(z, Tensor))
-        return torch.maximum(*(torch.as_tensor(z, dtype=torch.float64, device=device) for z in (x, y)))
-    return max(x, y)
+def _accumulate(sums: dict[str, Tensor], name: str, total: Tensor) -> None:
+    sums[name] = sums[name].add_(total) if name in sums else total

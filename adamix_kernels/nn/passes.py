@@ -55,15 +55,24 @@ class Passes:
     def forget(self) -> None:
         """Drop what was not turned into sums: the loop has thrown it away."""
         self._now = None
-        self._expected.clear()
         self._parents.clear()
         self._pass_of.clear()
 
-    def again(self) -> None:
-        """A second backward pass follows over the same graph, for the sums."""
-        self._expected = dict(self._received)
-        if self._norm_sq is not None:
-            self.coef = self._engine._coef(self._norm_sq, None)
+    def forget_forwards(self) -> None:
+        """A step was taken: no gradient is awaited from forward passes before it."""
+        self._expected.clear()
+
+    def run_twice(self, loss: Tensor) -> None:
+        """Two backward passes over the same graph: for the norms, then for the sums."""
+        self.twice, self._norm_sq = True, None
+        try:
+            loss.backward(retain_graph=True)
+            self._expected = dict(self._received)
+            if self._norm_sq is not None:
+                self.coef = self._engine._coef(self._norm_sq, None)
+            loss.backward()
+        finally:
+            self.twice, self.coef = False, None
 
     def expect(self, use: Use) -> None:
         for layer in self._layers(use.targets):
@@ -116,7 +125,7 @@ class Passes:
             self._add(now, record)
         for layer in self._layers(use.targets):
             key = layer, use.task != -1
-            self._expected[key] -= 1
+            self._expected[key] = self._expected.get(key, 0) - 1
             self._received[key] = self._received.get(key, 0) + 1
             if self._expected[key] == 0:
                 self._complete(now, layer)
@@ -189,6 +198,7 @@ class Passes:
                 self._close(now, layer)
             if now.norms:
                 self._norm_sq = torch.stack(list(now.norms.values())).sum(0)
+            if self._norm_sq is not None and (self.coef is not None or (now.norms and not self.twice)):
                 self._engine._end_pass(self._norm_sq)
 
     def _sum_all(self, now: _Pass) -> None:
