@@ -4,7 +4,7 @@ from adamix.config import Config
 from adamix.data import Split, load_split
 from adamix.errors import InputError
 from adamix.features import extract_features
-from adamix.privacy import calibrate, spent
+from adamix.privacy import calibrate, dp_event, spent, spent_on
 from adamix.private_phase import Step
 from adamix.rows import Rows
 from adamix.trainer import AdaMix, Result
@@ -18,7 +18,9 @@ __all__ = [
     "Split",
     "Step",
     "calibrate",
+    "dp_event",
     "extract_features",
     "load_split",
     "spent",
+    "spent_on",
 ]

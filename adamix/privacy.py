@@ -17,6 +17,7 @@ from dp_accounting.pld import PLDAccountant
 from scipy import optimize
 
 from adamix.config import Config
+from adamix_kernels import SamplingEvent
 
 #: The least noise multiplier for which Poisson batches are accounted as such.
 _LEAST = 0.5
@@ -40,6 +41,36 @@ def spent(noise_multiplier: float, *, delta: float, steps: int, sample_rate: flo
     step = dp_accounting.PoissonSampledDpEvent(sample_rate, dp_accounting.GaussianDpEvent(noise_multiplier))
     accountant.compose(dp_accounting.SelfComposedDpEvent(step, steps))
     return min(full, float(accountant.get_epsilon(delta)))
+
+
+def dp_event(event: SamplingEvent, noise_multiplier: float) -> dp_accounting.DpEvent:
+    """One step on a batch that a `PoissonSampler` drew, as accountants of `dp_accounting` take it.
+
+    A truncated batch is accounted as in arXiv 2508.15089: where one was cut short, one record more may also have
+    pushed another one out.
+    """
+    if event.max_batch_size is not None:
+        return dp_accounting.TruncatedSubsampledGaussianDpEvent(
+            event.dataset_size, event.sample_rate, event.max_batch_size, noise_multiplier
+        )
+    gaussian = dp_accounting.GaussianDpEvent(noise_multiplier)
+    return gaussian if event.sample_rate == 1 else dp_accounting.PoissonSampledDpEvent(event.sample_rate, gaussian)
+
+
+@functools.lru_cache(maxsize=256)
+def spent_on(event: SamplingEvent, noise_multiplier: float, *, delta: float, steps: int) -> float:
+    """Epsilon of `steps` steps at `delta` on batches that a `PoissonSampler` drew: pass its `event`.
+
+    Truncation can double what one record changes, so `spent` with half of the noise bounds it too.
+    """
+    if event.max_batch_size is None:
+        return spent(noise_multiplier, delta=delta, steps=steps, sample_rate=event.sample_rate)
+    bound = spent(noise_multiplier / 2, delta=delta, steps=steps)
+    if steps == 0 or noise_multiplier < _LEAST:
+        return bound
+    accountant = PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
+    accountant.compose(dp_accounting.SelfComposedDpEvent(dp_event(event, noise_multiplier), steps))
+    return min(bound, float(accountant.get_epsilon(delta)))
 
 
 def spent_by_step(noise_multiplier: float, *, delta: float, steps: int, sample_rate: float = 1.0) -> list[float]:

@@ -5,7 +5,14 @@ from adamix_kernels import native as _native  # noqa: F401  attaches the compile
 from adamix_kernels import native_factored as _native_factored  # noqa: F401  likewise
 from adamix_kernels import native_layers as _native_layers  # noqa: F401  likewise
 from adamix_kernels import triton as _triton  # noqa: F401  likewise
-from adamix_kernels.nn import DPEngine, PrivacyError, replace_batch_norm
+from adamix_kernels.nn import (
+    DPEngine,
+    PoissonSampler,
+    PrivacyError,
+    SamplingEvent,
+    pad_batch,
+    replace_batch_norm,
+)
 from adamix_kernels.ops.clip import ClippedSum, clip_coef, clip_sum, clip_sum_noise
 from adamix_kernels.ops.conv import ConvSum, conv_clip_sum, conv_norm_sq
 from adamix_kernels.ops.embedding import embedding_clip_sum, embedding_norm_sq
@@ -28,7 +35,9 @@ __all__ = [
     "LinearSum",
     "MixedHeadSum",
     "Noise",
+    "PoissonSampler",
     "PrivacyError",
+    "SamplingEvent",
     "ScaleShiftSum",
     "add_gaussian_noise_",
     "backends",
@@ -44,6 +53,7 @@ __all__ = [
     "linear_clip_sum",
     "linear_norm_sq",
     "norm_quantile",
+    "pad_batch",
     "project",
     "replace_batch_norm",
     "scale_shift_clip_sum",

@@ -3,5 +3,6 @@
 from adamix_kernels.nn.checks import replace_batch_norm
 from adamix_kernels.nn.engine import DPEngine
 from adamix_kernels.nn.errors import PrivacyError
+from adamix_kernels.nn.sampler import PoissonSampler, SamplingEvent, pad_batch
 
-__all__ = ["DPEngine", "PrivacyError", "replace_batch_norm"]
+__all__ = ["DPEngine", "PoissonSampler", "PrivacyError", "SamplingEvent", "pad_batch", "replace_batch_norm"]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 
+import dp_accounting
 import pytest
+from dp_accounting.pld import PLDAccountant
 from scipy import optimize, stats
 
 from adamix.config import Config
-from adamix.privacy import calibrate, spent, spent_by_step, warn_if_weak
+from adamix.privacy import calibrate, dp_event, spent, spent_by_step, spent_on, warn_if_weak
+from adamix_kernels import PoissonSampler, SamplingEvent
 
 
 def gaussian_delta(mu: float, epsilon: float) -> float:
@@ -80,3 +83,20 @@ def test_a_large_delta_is_warned_of() -> None:
         warn_if_weak(Config(epsilon=1.0, delta=1e-3, expected_batch_size=100, sample_rate=0.1))
     with pytest.warns(UserWarning, match="noise_seed"):
         warn_if_weak(Config(epsilon=1.0, expected_batch_size=100, noise_seed=1))
+
+
+@pytest.mark.parametrize("event", [SamplingEvent(0.02, 1000), SamplingEvent(0.02, 1000, 30), SamplingEvent(0.5, 40, 40)])
+def test_events_of_a_sampler_cost_what_dp_accounting_says(event: SamplingEvent) -> None:
+    own = PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
+    own.compose(dp_accounting.SelfComposedDpEvent(dp_event(event, 1.1), 50))
+    assert spent_on(event, 1.1, delta=1e-5, steps=50) == own.get_epsilon(1e-5)
+
+
+def test_what_a_sampler_mints_is_accounted_and_truncation_costs() -> None:
+    plain, cut = PoissonSampler(1000, 0.02).event, PoissonSampler(1000, 0.02, max_batch_size=25).event
+    assert spent_on(plain, 1.1, delta=1e-5, steps=50) == spent(1.1, delta=1e-5, steps=50, sample_rate=0.02)
+    assert spent_on(plain, 1.1, delta=1e-5, steps=50) < spent_on(cut, 1.1, delta=1e-5, steps=50)
+    assert spent_on(SamplingEvent(1.0, 10), 2.0, delta=1e-5, steps=3) == spent(2.0, delta=1e-5, steps=3)
+    assert spent_on(cut, 0.0, delta=1e-5, steps=1) == math.inf
+    assert spent_on(cut, 1.0, delta=1e-5, steps=0) == 0
+    assert spent_on(cut, 0.4, delta=1e-5, steps=2) == spent(0.2, delta=1e-5, steps=2)
