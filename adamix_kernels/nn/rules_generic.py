@@ -156,6 +156,7 @@ def by_vmap(rules: Rules, function: Callable[..., Any], args: Sequence[Any], kwa
         ]
         return PerSample([torch.cat(grads) for grads in zip(*parts, strict=True)])
 
+    out = out.clone() if out.requires_grad else out  # its function may have saved it, and a tap writes in place
     return rules.tap(out, build, [leaves[i] for i in batch], *targets)
 
 
