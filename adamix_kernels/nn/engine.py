@@ -82,6 +82,7 @@ class DPEngine:
         self.noise = Noise() if noise is None else noise
         self.steps = 0
         self.layers = {name: name.rpartition(".")[0] for name, _ in model.named_parameters()}
+        self._owned: list[tuple[str, PrivateParameter]] = []
         self.max_grad_norm = max_grad_norm
         self._threshold = self._threshold_now()
         self.batch_size: int | None = None
@@ -93,7 +94,6 @@ class DPEngine:
         self._sums: dict[str, Tensor] = {}  # of whole backward passes since the last step
         self._staged: dict[str, Tensor] = {}  # of the one that runs now: if it fails they are dropped
         self._limits: list[float | Tensor] = []  # the threshold of each backward pass since the last step
-        self._owned: list[tuple[str, PrivateParameter]] = []
         self._norm_sq: list[Tensor] = []
         self._metrics: Metrics | None = None
         self._rules, self._passes = Rules(self), Passes(self)
@@ -221,9 +221,8 @@ class DPEngine:
         self._max_grad_norm = checked(value, self.strategy, set(self.layers.values()), bounded)
 
     def _threshold_now(self) -> Threshold:
-        return Threshold.of(
-            self.max_grad_norm, {self.layers[n] for n, p in self.model.named_parameters() if p.requires_grad}
-        )
+        parameters = self._owned or self.model.named_parameters()
+        return Threshold.of(self.max_grad_norm, {self.layers[name] for name, p in parameters if p.requires_grad})
 
     def _coef(self, norm_sq: Tensor, layer: str | None) -> Tensor:
         limit = self._threshold.whole if layer is None else self._threshold.layer(layer)

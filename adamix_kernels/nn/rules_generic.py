@@ -156,8 +156,8 @@ def by_vmap(rules: Rules, function: Callable[..., Any], args: Sequence[Any], kwa
         ]
         return PerSample([torch.cat(grads) for grads in zip(*parts, strict=True)])
 
-    out = out.clone() if out.requires_grad else out  # its function may have saved it, and a tap writes in place
-    return rules.tap(out, build, [leaves[i] for i in batch], *targets)
+    # what the function returned may be a view, or saved for its own backward
+    return rules.tap(out.clone(), build, [leaves[i] for i in batch], *targets)
 
 
 def _placed(values: Sequence[Any], places: Sequence[int], others: Sequence[Any]) -> list[Any]:

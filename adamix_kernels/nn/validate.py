@@ -198,13 +198,11 @@ def _undisturbed(engine: DPEngine) -> Iterator[list[str]]:
     notes: list[str] = []
     changed: list[tuple[nn.Module, str, Any]] = []
     for module in engine.model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.training:
-            changed.append((module, "training", True))
-            module.training = False
-        drops = [key for key, x in vars(module).items() if "drop" in key and isinstance(x, float) and 0 < x <= 1]
-        for key in drops if not isinstance(module, nn.modules.dropout._DropoutNd) else []:
-            changed.append((module, key, vars(module)[key]))
-            setattr(module, key, 0.0)
+        own = isinstance(module, nn.modules.dropout._DropoutNd)
+        rates = ["p"] if own else [key for key in vars(module) if "drop" in key]
+        for key in [key for key in rates if isinstance(getattr(module, key), float) and module.training]:
+            changed.append((module, key, getattr(module, key)))
+            setattr(module, key, 0.0)  # not eval(): attention reads the rate of its dropout module
     if changed:
         notes.append(f"dropout was off: {len(changed)} modules; its masks cannot be the same for a sample alone")
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import math
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -384,7 +385,7 @@ def test_a_failed_backward_pass_leaves_nothing(strategy: str) -> None:
     want = {f"inner.{name}": g for name, g in expected(classifier(), (x, y), strategy=strategy).items()}
     dp = engine(Breaks(), strategy=strategy)
     for parts in ([0, 10], [0, 5, 10]):
-        for first, last in zip(parts, parts[1:], strict=False):
+        for first, last in pairwise(parts):
             dp.model.broken = True
             with pytest.raises(KeyboardInterrupt):
                 run(dp, (x[first:last], y[first:last]))
@@ -594,6 +595,23 @@ def test_a_function_that_saves_its_result() -> None:
     dp = engine(copy.deepcopy(model))
     run(dp, batch())
     assert_same(step(dp), expected(model, batch()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_no_step_waits_for_the_device(strategy: str) -> None:
+    x, y = (data.cuda() for data in batch(64, torch.float32))
+    dp = engine(classifier(torch.float32).cuda(), strategy=strategy, noise_multiplier=1.0)
+    dp.max_grad_norm = torch.tensor(0.5, device="cuda")
+    for waits in ("default", "error"):  # the first step compiles
+        torch.cuda.set_sync_debug_mode(waits)
+        try:
+            run(dp, (x, y))
+            step(dp)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert dp.metrics().samples == 64 and dp.metrics().signal_to_noise > 0
+    assert dp.validate((x,)).samples == 64
 
 
 def test_privacy_error_is_an_error_of_the_loop() -> None:

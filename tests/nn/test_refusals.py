@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from plain_loop import STRATEGIES, assert_same, batch, classifier, engine, expected, step
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from adamix_kernels import DPEngine, PrivacyError, replace_batch_norm
 
@@ -330,6 +331,48 @@ def test_uses_that_tell_no_samples_apart(use: Any, shape: tuple[int, ...], match
     with pytest.raises(PrivacyError, match=match):
         dp.model(x).sum().backward()
     assert all(p.grad is None for p in dp.model.parameters())
+
+
+def test_forward_passes_of_different_sizes_in_one_backward_pass() -> None:
+    x, y = batch()
+    dp = engine(classifier())
+    with pytest.raises(PrivacyError, match=r"samples come to it but [37] to parameters before; dimension 0"):
+        (loss(dp, (x[:3], y[:3])) + loss(dp, (x[3:], y[3:]))).backward()
+    loss(dp, (x, y)).backward()
+    assert_same(step(dp), expected(classifier(), (x, y)))
+
+
+class Shared(nn.Module):
+    """One weight in two layers, of which another parameter belongs to one."""
+
+    def __init__(self, use: Any) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 5), nn.Linear(5, 5)
+        self.use = use
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.use(self, x)
+
+
+def test_layers_that_cannot_be_told_apart() -> None:
+    def both(model: Shared, x: Tensor) -> Tensor:
+        return F.linear(model.second(x), model.first.weight, model.second.bias)
+
+    dp = engine(Shared(both), strategy="per_layer")
+    with pytest.raises(PrivacyError, match=r"'second.weight', 'second.bias': used together and apart"):
+        dp.model(torch.randn(4, 5)).sum().backward()
+
+
+def test_a_layer_that_is_used_again_after_it_was_clipped() -> None:
+    def again(model: Shared, x: Tensor) -> Tensor:
+        x = checkpoint(model.first, x, use_reentrant=True)
+        return checkpoint(model.first, model.second(x), use_reentrant=True)
+
+    x = torch.randn(4, 5, requires_grad=True)
+    dp = engine(Shared(again), strategy="per_layer")
+    with pytest.raises(PrivacyError, match=r"used again in a part that is recomputed.*use_reentrant=False"):
+        dp.model(x).sum().backward()
+    assert not dp._sums
 
 
 def test_numbers_made_of_parameters_alone_may_be_read() -> None:

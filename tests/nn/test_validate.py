@@ -144,7 +144,7 @@ def test_a_wrong_batch_dimension_is_found() -> None:
 
     dp = engine(TimeFirst())
     square = torch.randn(4, 4, 5)  # as long as it is wide: no shape tells
-    with pytest.raises(PrivacyError, match=r"parameter 'layer.weight': .*dimension 0 must be the batch"):
+    with pytest.raises(PrivacyError, match=r"'layer.weight': .*dimension 0"):
         dp.validate(square)
 
 
@@ -157,7 +157,7 @@ def test_a_sample_that_reads_another_is_found() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.layer(x - x.mean(0)).tanh()
 
-    with pytest.raises(PrivacyError, match=r"parameter 'layer.weight'"):
+    with pytest.raises(PrivacyError, match=r"'layer.weight'"):
         engine(Neighbours()).validate(torch.randn(4, 5))
 
 
@@ -200,7 +200,9 @@ def test_a_sample_without_finite_gradients() -> None:
 
 def test_a_transformer() -> None:
     transformers = pytest.importorskip("transformers")
-    config = transformers.GPT2Config(vocab_size=17, n_positions=8, n_embd=8, n_layer=1, n_head=2)
+    config = transformers.GPT2Config(
+        vocab_size=17, n_positions=8, n_embd=8, n_layer=1, n_head=2, attn_implementation="eager"
+    )
     dp = engine(transformers.GPT2LMHeadModel(config), loss_reduction="sum")
     ids = torch.randint(0, 17, (3, 6))
     labels = ids.clone()

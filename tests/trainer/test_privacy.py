@@ -85,7 +85,7 @@ def test_a_large_delta_is_warned_of() -> None:
         warn_if_weak(Config(epsilon=1.0, expected_batch_size=100, noise_seed=1))
 
 
-@pytest.mark.parametrize("event", [SamplingEvent(0.02, 1000), SamplingEvent(0.02, 1000, 30), SamplingEvent(0.5, 40, 40)])
+@pytest.mark.parametrize("event", [SamplingEvent(0.02, 999), SamplingEvent(0.02, 999, 30), SamplingEvent(0.5, 40, 40)])
 def test_events_of_a_sampler_cost_what_dp_accounting_says(event: SamplingEvent) -> None:
     own = PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
     own.compose(dp_accounting.SelfComposedDpEvent(dp_event(event, 1.1), 50))
