@@ -45,6 +45,8 @@ class DPEngine:
         loss_reduction: "mean" if the loss is the mean over the samples of a batch, "sum" if their sum. A mean over
             something else, such as the tokens that are not padding, depends on other samples: use a sum.
         loss_scale: what the loss was multiplied with before backward(), for float16; a power of 2.
+        joint_forwards: whether one backward pass may go through several forward passes of the model, whose rows b then
+            are one sample, such as both sides of a pair. Without it that is an error.
         noise: its source; None takes a key of the operating system.
 
     The privacy of a step is that of one Gaussian mechanism with `noise_multiplier`, for adding or removing one sample.
@@ -69,6 +71,7 @@ class DPEngine:
         clipping: str = "flat",
         loss_reduction: str = "mean",
         loss_scale: float = 1.0,
+        joint_forwards: bool = False,
         noise: Noise | None = None,
     ) -> None:
         check_settings(strategy, clipping, loss_reduction, noise_multiplier, expected_batch_size, loss_scale)
@@ -79,6 +82,7 @@ class DPEngine:
         self.noise_multiplier, self.expected_batch_size = float(noise_multiplier), float(expected_batch_size)
         self.strategy = "book_keeping" if strategy == "auto" else strategy
         self.clipping, self.loss_reduction, self.loss_scale = clipping, loss_reduction, float(loss_scale)
+        self.joint_forwards = joint_forwards
         self.noise = Noise() if noise is None else noise
         self.steps = 0
         self.layers = {name: name.rpartition(".")[0] for name, _ in model.named_parameters()}
@@ -310,9 +314,11 @@ class DPEngine:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` gave."""
         self.steps = int(state["steps"])
-        self.noise_multiplier = float(state["noise_multiplier"])
+        noise_multiplier, expected_batch_size = state["noise_multiplier"], state["expected_batch_size"]
+        kinds = self.strategy, self.clipping, self.loss_reduction
+        check_settings(*kinds, noise_multiplier, expected_batch_size, self.loss_scale)
+        self.noise_multiplier, self.expected_batch_size = noise_multiplier, expected_batch_size
         self.max_grad_norm = state["max_grad_norm"]
-        self.expected_batch_size = float(state["expected_batch_size"])
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(

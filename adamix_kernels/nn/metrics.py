@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,7 @@ class Metrics:
         sums: Sequence[Tensor],
         std: float | Tensor,
     ) -> Metrics:
-        signal = torch.stack([x.norm() for x in sums]).norm() if sums else torch.zeros(())
-        return cls(tuple(norm_sq), tuple(thresholds), signal, std * sum(x.numel() for x in sums) ** 0.5)
+        return cls(tuple(norm_sq), tuple(thresholds), get_total_norm(sums), std * sum(x.numel() for x in sums) ** 0.5)
 
     @functools.cached_property
     def norms(self) -> Tensor:

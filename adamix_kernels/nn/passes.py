@@ -35,6 +35,7 @@ class _Pass:
     norms: dict[str, Tensor] = field(default_factory=dict)  # [B] squared, by layer
     layers: dict[str, str] = field(default_factory=dict)  # by parameter
     closed: set[str] = field(default_factory=set)
+    forwards: set[int] = field(default_factory=set)
 
 
 class Passes:
@@ -121,6 +122,13 @@ class Passes:
                 "and count twice. Add the losses and call backward() once, or run forward() again on other samples"
             )
         use.spent_in = now.number
+        now.forwards |= {use.forward} if use.forward is not None else set()
+        if len(now.forwards) > 1 and not self._engine.joint_forwards:
+            raise PrivacyError(
+                f"{names(targets)}: one backward() goes through several forward passes; their rows b would "
+                "be clipped as one sample. If they are other samples, call backward() for each; if they are the same, "
+                "pass joint_forwards=True to the DPEngine"
+            )
         for record in self._records(targets, build):
             self._add(now, record)
         for layer in self._layers(use.targets):

@@ -581,6 +581,49 @@ def test_data_dependent_control_flow() -> None:
     assert_same(step(dp), {**first, **second})
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_pairs_of_one_sample_in_two_forward_passes(strategy: str) -> None:
+    def pair(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(m(x) + m(-x).square(), y)
+
+    x, y = batch()
+    rows = per_sample(classifier(), lambda m, b: pair(m, x[b : b + 1], y[b : b + 1]), len(x))
+    even = dict.fromkeys(["0", "2", "3"], 0.7 / 3**0.5) if strategy == "per_layer" else None
+    dp = engine(classifier(), strategy=strategy, joint_forwards=True)
+    dp.backward(pair(dp.model, x, y))
+    assert_same(step(dp), clipped(rows, 0.7, even))
+
+
+def test_training_goes_on_after_a_step_that_failed() -> None:
+    class Fragile(torch.optim.SGD):
+        broken = True
+
+        def step(self, closure: Any = None) -> None:
+            if self.broken:
+                raise OSError
+            super().step()
+
+    model = classifier()
+    optimizer = Fragile(model.parameters(), lr=0.0)
+    dp = DPEngine(model, optimizer, max_grad_norm=0.7, noise_multiplier=0.0, expected_batch_size=1.0)
+    run(dp, batch())
+    with pytest.raises(OSError):
+        optimizer.step()
+    optimizer.broken = False
+    optimizer.zero_grad()
+    run(dp, batch())
+    assert_same(step(dp), expected(classifier(), batch()))
+
+
+def test_a_schedule_of_the_learning_rate() -> None:
+    dp = engine(classifier())
+    schedule = torch.optim.lr_scheduler.StepLR(dp.optimizer, 1)
+    run(dp, batch())
+    assert_same(step(dp), expected(classifier(), batch()))
+    schedule.step()
+    dp.detach()
+
+
 def test_a_function_that_saves_its_result() -> None:
     class Distances(nn.Module):
         def __init__(self) -> None:

@@ -335,11 +335,31 @@ def test_uses_that_tell_no_samples_apart(use: Any, shape: tuple[int, ...], match
 
 def test_forward_passes_of_different_sizes_in_one_backward_pass() -> None:
     x, y = batch()
-    dp = engine(classifier())
+    dp = engine(classifier(), joint_forwards=True)
     with pytest.raises(PrivacyError, match=r"samples come to it but [37] to parameters before; dimension 0"):
         (loss(dp, (x[:3], y[:3])) + loss(dp, (x[3:], y[3:]))).backward()
     loss(dp, (x, y)).backward()
     assert_same(step(dp), expected(classifier(), (x, y)))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_other_samples_in_two_forward_passes_of_one_backward_pass(strategy: str) -> None:
+    x, y = batch()
+    dp = engine(classifier(), strategy=strategy)
+    with pytest.raises(
+        PrivacyError, match=r"one backward\(\) goes through several forward passes.*joint_forwards=True"
+    ):
+        dp.backward(loss(dp, (x[:5], y[:5])) + loss(dp, (x[5:], y[5:])))
+    dp.backward(loss(dp, (x, y)))
+    assert_same(step(dp), expected(classifier(), (x, y), strategy=strategy))
+
+
+def test_settings_from_a_file_are_checked() -> None:
+    dp = engine(classifier())
+    with pytest.raises(ValueError, match=r"noise_multiplier: is -1\.0"):
+        dp.load_state_dict({**dp.state_dict(), "noise_multiplier": -1.0})
+    with pytest.raises(ValueError, match="max_grad_norm: is 0"):
+        dp.load_state_dict({**dp.state_dict(), "max_grad_norm": 0})
 
 
 class Shared(nn.Module):
