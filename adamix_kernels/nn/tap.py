@@ -83,8 +83,7 @@ class Joint(torch.autograd.Function):
     def forward(ctx: Any, use: Use, saved: Sequence[Tensor], count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.use = use
         ctx.save_for_backward(*saved)
-        ctx.mark_dirty(*tensors[:count])
-        return tensors[:count]
+        return tuple(out.detach() for out in tensors[:count])  # autograd refuses several in place
 
     @staticmethod
     @once_differentiable
