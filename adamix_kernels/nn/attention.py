@@ -54,7 +54,7 @@ def multi_head_attention_forward(
     """As torch's, with the samples in dimension 0 throughout."""
     weights = (q_proj_weight, k_proj_weight, v_proj_weight) if use_separate_proj_weight else (in_proj_weight,)
     targets = (*weights, in_proj_bias, bias_k, bias_v, out_proj_weight, out_proj_bias)
-    _check(rules, query, (static_k, static_v, key_padding_mask), targets)
+    _check(rules, (query, key, value), (static_k, static_v, key_padding_mask), targets)
     known = _transposes(rules, targets)
     given = {id(x): samples_first(rules, x, _WHAT, known, *targets) for x in (query, key, value)}
     inputs = [given[id(x)] for x in (query, key, value)]
@@ -87,12 +87,15 @@ def multi_head_attention_forward(
     return out.transpose(0, 1), attention
 
 
-def _check(rules: Rules, query: Tensor, others: Sequence[Any], targets: Sequence[Any]) -> None:
-    if query.dim() != 3:
+def _check(rules: Rules, inputs: Sequence[Tensor], others: Sequence[Any], targets: Sequence[Any]) -> None:
+    shapes = [list(x.shape) for x in inputs]
+    if any(len(shape) != 3 for shape in shapes):
         raise PrivacyError(
-            f"{rules.names(targets)}: {_WHAT} gets a query {list(query.shape)} without a dimension for samples; pass "
-            "[B, T, E] with batch_first=True, B = 1 for one sample"
+            f"{rules.names(targets)}: {_WHAT} gets {shapes[0]} without a dimension for samples; pass [B, T, E] "
+            "with batch_first=True, B = 1 for one sample"
         )
+    if any(shape[1] != shapes[0][1] for shape in shapes):
+        raise ValueError(f"query, key, value: are {shapes}; pass as many samples of each")
     static_k, static_v, _ = others
     if static_k is not None or static_v is not None or any(trains(x) for x in others):
         raise PrivacyError(

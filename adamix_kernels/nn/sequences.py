@@ -12,10 +12,10 @@ from adamix_kernels.nn.rules import Rules, plain, trains
 
 
 def samples_first(rules: Rules, x: Any, what: str, known: bool, *targets: Any) -> Tensor:
-    """`[B, T, *]` of `[T, B, *]`; `known` tells that the caller has transposed it, else its shape or memory must.
+    """`[B, T, *]` of `[T, B, *]`; `known` tells that the caller has transposed it, so that dimension 1 is meant.
 
-    Where T = B another layer could take dimension 0 for the samples, and a model that means to pass `[B, T, *]` would
-    not be noticed: its dimension 1 must be the outer one in memory, as it is after a transpose.
+    Else T = B is refused: layers before and after it take dimension 0 for the samples, and a model that does not
+    transpose between them would not be noticed.
     """
     steps, samples = x.shape[:2]
     if rules.batch_size not in (None, samples):
@@ -25,11 +25,10 @@ def samples_first(rules: Rules, x: Any, what: str, known: bool, *targets: Any) -
         )
     if isinstance(x, Private):
         return rows_first(rules, x, what) if trains(x) else plain(x).transpose(0, 1)
-    if not known and rules.batch_size is not None and steps == samples > 1 and x.stride(1) < x.stride(0):
+    if not known and rules.batch_size is not None and steps == samples > 1:
         raise PrivacyError(
             f"{rules.names(targets)}: {what} gets {list(x.shape)}, as many steps as samples, and takes dimension 1 for "
-            "the samples where other layers take dimension 0; pass batch_first=True to the module, or "
-            "x.transpose(0, 1) of an x with the samples first"
+            "the samples where other layers take dimension 0; pass batch_first=True to the module"
         )
     return x.transpose(0, 1)
 

@@ -168,7 +168,10 @@ def test_samples_in_dimension_1():
 
     torch.manual_seed(0)
     check(Model().double(), [torch.randn(B, T, E, dtype=torch.float64)])
-    check(Model().double(), [torch.randn(T, T, E, dtype=torch.float64)])
+    model = Model()
+    engine(model)
+    with pytest.raises(PrivacyError, match=r"as many steps as samples.*batch_first=True"):
+        model(torch.randn(T, T, E))
 
 
 def test_inputs_get_torchs_gradient():
@@ -196,11 +199,11 @@ def test_refusals():
     x = torch.randn(T, B, E)
     with pytest.raises(PrivacyError, match=r"'in_proj_weight'.*batch_first=True"):
         model(x, x, x)
-    with pytest.raises(PrivacyError, match="as many steps as samples"):
-        model(*[torch.randn(T, T, E)] * 3)
     with pytest.raises(PrivacyError, match="without a dimension for samples"):
         model(x[0], x[0], x[0])
     dp.batch_size = B
+    with pytest.raises(ValueError, match="as many samples of each"):
+        nn.MultiheadAttention.forward(model, x, x[:, :1], x[:, :1])
     args = (x, x, x, E, HEADS, model.in_proj_weight, model.in_proj_bias, None, None, False, 0.0)
     with pytest.raises(PrivacyError, match="static_k"):
         F.multi_head_attention_forward(
