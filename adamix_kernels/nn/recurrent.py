@@ -188,23 +188,25 @@ def _layers(name: str, backward: Callable[[Steps], Backprops]) -> None:
     what = f"{name}()"
 
     @rule(function)
-    def layers(rules: Rules, input: Any, hx: Any, params: Any, has_biases: Any, *options: Any) -> Any:
+    def run(rules: Rules, input: Any, hx: Any, params: Any, has_biases: Any, *options: Any) -> Any:
         if not isinstance(has_biases, bool):
             raise PrivacyError(
                 f"{rules.names(list(tensors(input, hx, params, has_biases)))}: {what} gets a PackedSequence, whose "
                 "dimension 0 is no batch; pass a padded batch, and mask or pick the steps that are wanted"
             )
-        layers, dropout, train, bidirectional, batch_first = options
+        depth, dropout, train, bidirectional, batch_first = options
         if isinstance(input, Private):
-            raise PrivacyError(f"{rules.names([input])}: {what} gets it as its input; freeze it, or add it to samples")
+            raise PrivacyError(
+                f"{rules.names([input])}: {what} gets it in place of samples; add it to zeros [B, *] of the batch first"
+            )
         if batch_first:
             rules.check_batch(input, what, *params)
         x = input if batch_first else samples_first(rules, input, what, False, *params)
         states = [rows_first(rules, h, what).transpose(0, 1) if trains(h) else plain(h) for h in tensors(hx)]
         directions = 1 + bidirectional
-        size = len(params) // (layers * directions)
+        size = len(params) // (depth * directions)
         last: list[Sequence[Tensor]] = []
-        for layer in range(layers):
+        for layer in range(depth):
             x = F.dropout(x, dropout) if layer and dropout and train else x
             outs = []
             for direction in range(directions):
@@ -224,11 +226,13 @@ def _cell(name: str, layer: str, backward: Callable[[Steps], Backprops]) -> None
     function = getattr(torch, layer)
 
     @rule(getattr(torch, name))
-    def cell(rules: Rules, input: Any, hx: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh: Any = None) -> Any:
+    def run(rules: Rules, input: Any, hx: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh: Any = None) -> Any:
         states = list(tensors(hx))
         given = [x for x in (input, *states) if isinstance(x, Private)]
         if given:
-            raise PrivacyError(f"{rules.names(given)}: {name}() gets it in place of samples; freeze it, or add it to 0")
+            raise PrivacyError(
+                f"{rules.names(given)}: {name}() gets it in place of samples; add it to zeros [B, *] of the batch first"
+            )
         rules.check_batch(input, f"{name}()", w_ih, w_hh, b_ih, b_hh)
         weights = Weights(w_ih, w_hh, b_ih, b_hh)
         _, *last = _run(rules, function, backward, weights, input[:, None], states[0], (*states, None)[1])

@@ -136,6 +136,7 @@ def test_transformer_layers(norm_first, dtype):
     check(encoder, [q], lambda m, x: m(x, src_mask=causal, is_causal=True))
     check(encoder, [q, torch.arange(T) >= torch.tensor([[3], [5], [1], [4]])], lambda m, x, p: m(x, None, p))
     check(decoder, [q, k], lambda m, q, k: m(q, k, tgt_mask=causal, tgt_is_causal=True))
+    check(nn.Transformer(E, HEADS, 1, 1, **options), [q, k])
     stack = nn.TransformerEncoder(encoder, 2, enable_nested_tensor=False)
     check(stack, [q[:, :4]])  # as many steps as samples
 
@@ -154,6 +155,23 @@ def test_used_twice(pattern):
     torch.manual_seed(0)
     q, k, _ = inputs({})
     check(Twice().double(), [q, k])
+
+
+def test_parametrized_weight():
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.rand(3 * E, 1))
+
+        def forward(self, weight):
+            return weight * self.scale
+
+    torch.manual_seed(0)
+    model = nn.MultiheadAttention(E, HEADS, batch_first=True)
+    nn.utils.parametrize.register_parametrization(model, "in_proj_weight", Scale())
+    q, k, _ = inputs({})
+    for call in (lambda m, q, k: m(q, q, q)[0], lambda m, q, k: m(q, k, k)[0]):
+        check(model.double(), [q, k], call, ["book_keeping", "materialize", "two_pass"])
 
 
 def test_samples_in_dimension_1():

@@ -193,6 +193,42 @@ def test_checkpoint(reentrant):
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.parametrize(("layer", "options"), LAYERS)
+def test_narrow_numbers(layer, options):
+    torch.manual_seed(0)
+    x, model = torch.randn(B, T, I), layer(I, H, batch_first=True, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(x)[0]
+        dp = engine(model, max_grad_norm=0.1, expected_batch_size=1.0)
+        out = model(x)[0]
+    assert out.dtype == expected.dtype
+    assert torch.equal(out, expected)
+    out.float().square().sum((1, 2)).mean().backward()
+    dp.optimizer.step()
+    total = sum(float(p.grad.square().sum()) for p in model.parameters()) ** 0.5
+    assert 0 < total <= B * 0.1
+
+
+def test_learned_input_of_a_cell():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell, self.start = nn.GRUCell(I, H), nn.Parameter(torch.randn(H))
+            self.expands = False
+
+        def forward(self, x):
+            zeros = x.new_zeros(len(x), H)
+            return self.cell(x, self.start.expand(len(x), -1) if self.expands else self.start + zeros)
+
+    torch.manual_seed(0)
+    model, x = Model().double(), torch.randn(B, I, dtype=torch.float64)
+    check(model, [x])
+    model.expands = True
+    engine(model)
+    with pytest.raises(PrivacyError, match=r"'start'.*zeros"):
+        model(x)
+
+
 def test_empty_batch():
     model = nn.LSTM(I, H, batch_first=True)
     dp = engine(model)
