@@ -180,3 +180,24 @@ class ScaleShiftFactors:
     def grad_sample(self) -> list[Tensor]:
         terms = [self.activations * self.backprops, self.backprops][: 1 + self.bias]
         return [positions_axis(term).sum(1).view(self.samples, *self.shape) for term in terms]
+
+
+@dataclass
+class StackedFactors:
+    """Of parameters that are stacked along dimension 0 of slices, each of which is used by itself."""
+
+    slices: Sequence[Factors]
+
+    @property
+    def samples(self) -> int:
+        return self.slices[0].samples
+
+    def norm_sq(self) -> Tensor:
+        """The slices have no entry in common: their squares add up."""
+        return torch.stack([part.norm_sq() for part in self.slices]).double().sum(0)
+
+    def clip_sum(self, coef: Tensor) -> list[Tensor]:
+        return [torch.cat(sums) for sums in zip(*(part.clip_sum(coef) for part in self.slices), strict=True)]
+
+    def grad_sample(self) -> list[Tensor]:
+        return [torch.cat(grads, 1) for grads in zip(*(part.grad_sample() for part in self.slices), strict=True)]
