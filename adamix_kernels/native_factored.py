@@ -14,6 +14,7 @@ from adamix_kernels.native import CPU, compiled, dtype_of
 from adamix_kernels.native import register as register_all
 from adamix_kernels.ops._factored import by_gram
 from adamix_kernels.ops.conv import ConvSum, conv_axes, conv_clip_sum, conv_norm_sq
+from adamix_kernels.ops.conv_grad import ConvGrad, conv_grad_sample
 from adamix_kernels.ops.head import HeadSum, softmax_head_clip_sum_noise
 from adamix_kernels.ops.head_variants import softmax_head_coordinates
 from adamix_kernels.ops.linear import LinearSum, linear_clip_sum, linear_norm_sq
@@ -118,6 +119,26 @@ def _conv_clip_sum(
         torch.get_num_threads(),
     )
     return ConvSum(weight, shift)
+
+
+@register(conv_grad_sample, "activations", "backprops")
+def _conv_grad_sample(activations: Tensor, backprops: Tensor, *, groups: int, bias: bool, **settings: Any) -> ConvGrad:
+    a, g = plain(activations), plain(backprops)
+    shape, _, _ = _conv(a, g, groups=groups, **settings)
+    samples, outputs = g.shape[:2]
+    size = (samples, outputs, a.shape[1] // groups, *settings["kernel_size"])
+    weight = torch.empty(size, dtype=torch.float32, device=CPU)
+    shift = torch.empty(samples, outputs, dtype=torch.float32, device=CPU) if bias else None
+    compiled().conv_grad_sample(
+        address(a),
+        address(g),
+        samples,
+        shape,
+        weight.data_ptr(),
+        0 if shift is None else shift.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return ConvGrad(weight, shift)
 
 
 def _head(

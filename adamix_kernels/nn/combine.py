@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adamix_kernels.nn.factors import EmbeddingFactors, Factors, LinearFactors, PerSample
+from adamix_kernels.nn.factors import EmbeddingFactors, Factors, LinearFactors, PerSample, StackedFactors
 from adamix_kernels.nn.parameter import PrivateParameter
 from adamix_kernels.ops._factored import blocks, own_error, positions_axis, sum_error
 from adamix_kernels.ops._numerics import round_up
@@ -21,8 +21,9 @@ def combine(records: Sequence[Record]) -> list[Record]:
     parts: list[list[Record]] = []
     for record in records:
         ids = {id(p) for p in record[0]}
-        joined = [part for part in parts if any(ids & {id(p) for p in ps} for ps, _ in part)]
-        parts = [part for part in parts if part not in joined]
+        shares = [any(ids & {id(p) for p in ps} for ps, _ in part) for part in parts]
+        joined = [part for part, share in zip(parts, shares, strict=True) if share]
+        parts = [part for part, share in zip(parts, shares, strict=True) if not share]
         parts.append([*(record for part in joined for record in part), record])
     return [part[0] if len(part) == 1 else _join(part) for part in parts]
 
@@ -59,7 +60,19 @@ def _longer(uses: Sequence[Factors]) -> Factors | None:
             ids = torch.cat([use.indices.flatten(1).long() for use in lookups], 1)
             g = torch.cat([positions_axis(use.backprops) for use in lookups], 1)
             return EmbeddingFactors(ids, g, first.num_embeddings, first.padding_idx)
+    if isinstance(first, StackedFactors) and all(isinstance(use, StackedFactors) for use in uses):
+        return _longer_slices([use for use in uses if isinstance(use, StackedFactors)])
     return None
+
+
+def _longer_slices(uses: Sequence[StackedFactors]) -> Factors | None:
+    """Where all of them are cut at the same rows."""
+    cuts = [[part.backprops.shape[-1] for part in use.slices if isinstance(part, LinearFactors)] for use in uses]
+    if any(cut != cuts[0] or len(cut) != len(use.slices) for cut, use in zip(cuts, uses, strict=True)):
+        return None
+    slices = [_longer(parts) for parts in zip(*(use.slices for use in uses), strict=True)]
+    whole = [part for part in slices if part is not None]
+    return StackedFactors(whole) if len(whole) == len(slices) else None
 
 
 def _tied(part: Sequence[Record]) -> Record | None:

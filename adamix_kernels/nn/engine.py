@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from adamix_kernels.nn import rules_layers as _rules_layers  # noqa: F401  attaches the rules
+from adamix_kernels.nn import attention as _attention  # noqa: F401  attaches rules
+from adamix_kernels.nn import recurrent as _recurrent  # noqa: F401
+from adamix_kernels.nn import rules_layers as _rules_layers  # noqa: F401
 from adamix_kernels.nn.checks import check_free, check_labels, check_modules, check_parameters, check_settings
 from adamix_kernels.nn.clipping import Threshold, checked, factors, larger
 from adamix_kernels.nn.errors import PrivacyError

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from adamix_kernels.ops._factored import positions_axis
 from adamix_kernels.ops.clip import clip_sum
 from adamix_kernels.ops.conv import conv_clip_sum, conv_norm_sq
+from adamix_kernels.ops.conv_grad import conv_grad_sample
 from adamix_kernels.ops.embedding import embedding_clip_sum, embedding_norm_sq
 from adamix_kernels.ops.linear import linear_clip_sum, linear_norm_sq
 from adamix_kernels.ops.norm import grad_norm_sq
 from adamix_kernels.ops.scale_shift import scale_shift_clip_sum, scale_shift_norm_sq
+
+#: Numbers, 32 MiB: per-sample gradients of a layer that are rather kept than its factors.
+_SMALL = 1 << 23
 
 
 class Factors(Protocol):
@@ -116,15 +120,14 @@ class ConvFactors:
         return _with_bias(*conv_clip_sum(self.activations, self.backprops, coef, **self.shape, bias=self.bias))
 
     def grad_sample(self) -> list[Tensor]:
-        inputs, outputs, shape = self.activations.shape[1], self.backprops.shape[1], dict(self.shape)
-        weight = self.backprops.new_zeros(outputs, inputs // shape["groups"], *shape.pop("kernel_size"))
-        conv = (F.conv1d, F.conv2d, F.conv3d)[weight.dim() - 3]
+        return _with_bias(*conv_grad_sample(self.activations, self.backprops, **self.shape, bias=self.bias))
 
-        def of_one(a: Tensor, g: Tensor) -> Tensor:
-            return torch.func.vjp(lambda w: conv(a[None], w, **shape), weight)[1](g[None])[0]
-
-        grads = per_sample(of_one, self.activations.to(weight.dtype), self.backprops)
-        return [grads, self.backprops.flatten(2).sum(2)] if self.bias else [grads]
+    def smaller(self) -> Factors:
+        """The gradients themselves where that is faster: the products are made once instead of twice."""
+        outputs, inputs = self.backprops.shape[1], self.activations.shape[1] // self.shape["groups"]
+        count = self.samples * outputs * inputs * math.prod(self.shape["kernel_size"])
+        fast = self.activations.device.type == "cpu" and count <= _SMALL
+        return PerSample(self.grad_sample()) if fast else self
 
 
 @dataclass
@@ -177,3 +180,24 @@ class ScaleShiftFactors:
     def grad_sample(self) -> list[Tensor]:
         terms = [self.activations * self.backprops, self.backprops][: 1 + self.bias]
         return [positions_axis(term).sum(1).view(self.samples, *self.shape) for term in terms]
+
+
+@dataclass
+class StackedFactors:
+    """Of parameters that are stacked along dimension 0 of slices, each of which is used by itself."""
+
+    slices: Sequence[Factors]
+
+    @property
+    def samples(self) -> int:
+        return self.slices[0].samples
+
+    def norm_sq(self) -> Tensor:
+        """The slices have no entry in common: their squares add up."""
+        return torch.stack([part.norm_sq() for part in self.slices]).double().sum(0)
+
+    def clip_sum(self, coef: Tensor) -> list[Tensor]:
+        return [torch.cat(sums) for sums in zip(*(part.clip_sum(coef) for part in self.slices), strict=True)]
+
+    def grad_sample(self) -> list[Tensor]:
+        return [torch.cat(grads, 1) for grads in zip(*(part.grad_sample() for part in self.slices), strict=True)]

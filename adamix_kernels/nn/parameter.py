@@ -61,11 +61,27 @@ class Derived(Tensor):
 
 Private = PrivateParameter | Derived
 
+_PRIVATE = (PrivateParameter, Derived)  # asking a tuple is faster than asking a union
+
+#: What tells of a tensor, or changes it, but computes nothing of its values.
+_PLAIN = {
+    getattr(Tensor, name).__get__
+    for name in "shape dtype device grad requires_grad data is_leaf layout ndim grad_fn _version _base is_cuda".split()
+} | {
+    Tensor.size,
+    Tensor.dim,
+    Tensor.numel,
+    Tensor.stride,
+    Tensor.is_floating_point,
+    Tensor.is_contiguous,
+    Tensor.detach,
+}
+
 
 def _dispatch(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     with torch._C.DisableTorchFunctionSubclass():
-        if torch.is_grad_enabled():
-            engine = next((x._dp_engine for x in tensors(args, kwargs) if isinstance(x, Private)), None)
+        if torch.is_grad_enabled() and func not in _PLAIN:
+            engine = next((x._dp_engine for x in tensors(args, kwargs) if isinstance(x, _PRIVATE)), None)
             if engine is not None and not engine.is_public:
                 return engine._rules.use(func, args, kwargs)
         return func(*args, **kwargs)
@@ -94,7 +110,7 @@ def bases(values: Sequence[Tensor]) -> tuple[PrivateParameter, ...]:
 
 def derive(out: Any, engine: DPEngine, parents: Sequence[Tensor], pull: Pull | None = None) -> Any:
     """What a function made of private tensors alone, marked as such where it has a history."""
-    if isinstance(out, list | tuple):
+    if isinstance(out, list | tuple) and any(isinstance(x, Tensor) for x in out):
         marked = [derive(x, engine, parents) for x in out]
         return type(out)(marked) if type(out) in (list, tuple) else type(out)(*marked)
     if not isinstance(out, Tensor) or isinstance(out, Private) or not out.requires_grad:

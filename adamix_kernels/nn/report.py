@@ -16,6 +16,7 @@ from adamix_kernels.nn.factors import (
     LinearFactors,
     PerSample,
     ScaleShiftFactors,
+    StackedFactors,
 )
 from adamix_kernels.nn.parameter import tensors
 from adamix_kernels.ops.conv import conv_clip_sum, conv_norm_sq
@@ -90,7 +91,7 @@ def kind(factors: Factors) -> str:
 
 
 def held(factors: Any) -> list[Tensor]:
-    values = list(vars(factors).values())
+    values = [x for value in vars(factors).values() for x in (value if isinstance(value, list | tuple) else [value])]
     nested = [x for value in values if hasattr(value, "clip_sum") for x in held(value)]
     return [*tensors(*values), *nested]
 
@@ -115,6 +116,8 @@ def flops(factors: Any) -> int:
     """Of the norms and the sum; what joins tied uses is not counted."""
     if isinstance(factors, TiedFactors):
         return flops(factors.linear) + flops(factors.embedding)
+    if isinstance(factors, StackedFactors):
+        return sum(flops(part) for part in factors.slices)
     if isinstance(factors, PerSample):
         return 2 * grad_norm_sq.cost(factors.grads).flops
     given = dict(vars(factors))

@@ -21,8 +21,8 @@ from adamix_kernels.nn.parameter import names
 if TYPE_CHECKING:
     from adamix_kernels.nn.engine import DPEngine
 
-#: Makes factors for the wanted targets of what was saved and the backprops.
-Build = Callable[[Sequence[Tensor], Tensor, Sequence[bool]], Factors]
+#: Makes factors for the wanted targets of what was saved and the backprops: a tensor, or several of a `Joint`.
+Build = Callable[[Sequence[Tensor], Any, Sequence[bool]], Factors]
 
 
 class Use:
@@ -35,7 +35,7 @@ class Use:
         self.spent_in: int | None = None
         engine._passes.expect(self)
 
-    def receive(self, nodes: Sequence[Any], saved: Sequence[Tensor], backprops: Tensor) -> None:
+    def receive(self, nodes: Sequence[Any], saved: Sequence[Tensor], backprops: Any) -> None:
         pairs = zip(self.targets, nodes, strict=True)
         wanted = [target.requires_grad and _executes(node, self.targets) for target, node in pairs]
         if any(wanted):
@@ -76,6 +76,23 @@ class Tap(torch.autograd.Function):
         return grad, None, None, *[None] * len(ctx.use.targets)
 
 
+class Joint(torch.autograd.Function):
+    """Several outputs that nobody else holds yet, with the same targets: the factors need the backprops of all."""
+
+    @staticmethod
+    def forward(ctx: Any, use: Use, saved: Sequence[Tensor], count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.use = use
+        ctx.save_for_backward(*saved)
+        return tuple(out.detach() for out in tensors[:count])  # autograd refuses several in place
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        nodes = [node for node, _ in ctx.next_functions[-len(ctx.use.targets) :]]
+        ctx.use.receive(nodes, ctx.saved_tensors, grads)
+        return None, None, None, *grads, *[None] * len(ctx.use.targets)
+
+
 class Rows(torch.autograd.Function):
     """A target expanded to one row per sample, `[B, 1, .., *shape]`."""
 
@@ -96,6 +113,14 @@ class Rows(torch.autograd.Function):
 def tap(engine: DPEngine, out: Tensor, build: Build, saved: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
     use = Use(engine, build, targets)
     result: Tensor = Tap.apply(out, use, [x.detach() for x in saved], *targets)
+    return result
+
+
+def joint(
+    engine: DPEngine, outs: Sequence[Tensor], build: Build, saved: Sequence[Tensor], targets: Sequence[Tensor]
+) -> Sequence[Tensor]:
+    use = Use(engine, build, targets)
+    result: tuple[Tensor, ...] = Joint.apply(use, [x.detach() for x in saved], len(outs), *outs, *targets)
     return result
 
 

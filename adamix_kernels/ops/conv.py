@@ -81,7 +81,7 @@ def conv_axes(kernel_size: Any, stride: Any, padding: Any, dilation: Any) -> lis
     return [_Axis(k, s, before, after, d) for k, s, (before, after), d in settings]
 
 
-def _check(
+def validate(
     *,
     activations: Tensor,
     backprops: Tensor,
@@ -117,7 +117,7 @@ def _padded(x: Tensor, axes: Sequence[_Axis]) -> Tensor:
     return pad(x, [p for axis in reversed(axes) for p in (axis.before, axis.after)])
 
 
-def _windows(x: Tensor, axes: Sequence[_Axis], groups: int) -> Tensor:
+def windows(x: Tensor, axes: Sequence[_Axis], groups: int) -> Tensor:
     """`[B, I, *]` as `[B, groups, T, I / groups * kernel]`: the inputs that each output position sees."""
     n = len(axes)
     x = _padded(x, axes)
@@ -128,18 +128,18 @@ def _windows(x: Tensor, axes: Sequence[_Axis], groups: int) -> Tensor:
     return x.reshape(*x.shape[:2], math.prod(x.shape[2 : 2 + n]), math.prod(x.shape[2 + n :]))
 
 
-def _grouped(g: Tensor, groups: int) -> Tensor:
+def grouped(g: Tensor, groups: int) -> Tensor:
     """`[B, O, *]` as `[B, groups, T, O / groups]`."""
     return g.reshape(g.shape[0], groups, g.shape[1] // groups, math.prod(g.shape[2:])).mT
 
 
-def _unit(activations: Tensor, backprops: Tensor, kernel_size: Sequence[int]) -> int:
+def unit_of(activations: Tensor, backprops: Tensor, kernel_size: Sequence[int]) -> int:
     """Numbers in one sample's windows and backprops."""
     inputs = activations.shape[1] * math.prod(kernel_size)
     return (inputs + backprops.shape[1]) * math.prod(backprops.shape[2:])
 
 
-def _grads(
+def grads_of(
     *,
     activations: Tensor,
     backprops: Tensor,
@@ -164,7 +164,7 @@ def _grads(
     return [weight, backprops.flatten(2).sum(2)] if bias else [weight]
 
 
-def _cases(**extra: Callable[[Generator, int], Any]) -> list[Case]:
+def small_cases(**extra: Callable[[Generator, int], Any]) -> list[Case]:
     def setting(inputs: tuple[int, ...], outputs: tuple[int, ...], kernel: tuple[int, ...], **settings: Any) -> Any:
         full = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1, "bias": False, "kernel_size": kernel, **settings}
         keywords = {key: always(value) for key, value in full.items()}
@@ -192,7 +192,7 @@ def _cases(**extra: Callable[[Generator, int], Any]) -> list[Case]:
     ]
 
 
-def _flops(activations: Tensor, backprops: Tensor, kernel_size: Sequence[int], groups: int) -> tuple[int, int]:
+def flops_of(activations: Tensor, backprops: Tensor, kernel_size: Sequence[int], groups: int) -> tuple[int, int]:
     """Of one sample, all groups: by positions with positions, by inputs with outputs."""
     positions = math.prod(backprops.shape[2:])
     inner, outer = activations.shape[1] // groups * math.prod(kernel_size), backprops.shape[1] // groups
@@ -200,23 +200,23 @@ def _flops(activations: Tensor, backprops: Tensor, kernel_size: Sequence[int], g
 
 
 def _norm_cost(activations: Tensor, backprops: Tensor, kernel_size: Sequence[int], groups: int = 1, **_: Any) -> Cost:
-    samples, flops = activations.shape[0], min(_flops(activations, backprops, kernel_size, groups))
+    samples, flops = activations.shape[0], min(flops_of(activations, backprops, kernel_size, groups))
     return layer_cost(activations, backprops, samples * flops, samples)
 
 
 def _sum_cost(activations: Tensor, backprops: Tensor, kernel_size: Sequence[int], groups: int = 1, **_: Any) -> Cost:
     outputs = backprops.shape[1] * activations.shape[1] // groups * math.prod(kernel_size)
-    flops = activations.shape[0] * _flops(activations, backprops, kernel_size, groups)[1]
+    flops = activations.shape[0] * flops_of(activations, backprops, kernel_size, groups)[1]
     return layer_cost(activations, backprops, flops, outputs)
 
 
 @define_op(
     shapes={"activations": "B I ...", "backprops": "B O ..."},
     returns=[Out("norm_sq", "B", rtol=1e-3, never_below=True)],
-    oracle=lambda **layer: grad_norm_sq.oracle(_grads(**layer)),
-    cases=_cases,
+    oracle=lambda **layer: grad_norm_sq.oracle(grads_of(**layer)),
+    cases=small_cases,
     cost=_norm_cost,
-    validate=_check,
+    validate=validate,
 )
 def conv_norm_sq(
     activations: Tensor,
@@ -245,8 +245,8 @@ def conv_norm_sq(
     """
     axes = conv_axes(kernel_size, stride, padding, dilation)
     parts = [
-        factored_norm_sq(_windows(activations[b], axes, groups), _grouped(backprops[b], groups), bias)
-        for b in blocks(activations.shape[0], _unit(activations, backprops, kernel_size))
+        factored_norm_sq(windows(activations[b], axes, groups), grouped(backprops[b], groups), bias)
+        for b in blocks(activations.shape[0], unit_of(activations, backprops, kernel_size))
     ]
     return torch.cat(parts)
 
@@ -254,10 +254,10 @@ def conv_norm_sq(
 @define_op(
     shapes={"activations": "B I ...", "backprops": "B O ...", "coef": "B"},
     returns=[Out("weight", "O I/groups kernel", rtol=1e-6, of_max=True), Out("bias", "O", rtol=1e-6, of_max=True)],
-    oracle=lambda coef, **layer: weight_and_bias(clip_sum.oracle(_grads(**layer), coef)),
-    cases=lambda: _cases(coef=half_coef),
+    oracle=lambda coef, **layer: weight_and_bias(clip_sum.oracle(grads_of(**layer), coef)),
+    cases=lambda: small_cases(coef=half_coef),
     cost=_sum_cost,
-    validate=_check,
+    validate=validate,
 )
 def conv_clip_sum(
     activations: Tensor,
@@ -288,8 +288,8 @@ def conv_clip_sum(
     """
     axes = conv_axes(kernel_size, stride, padding, dilation)
     parts = [
-        factored_sum(_windows(activations[b], axes, groups), _grouped(backprops[b], groups), coef[b], bias)
-        for b in blocks(activations.shape[0], _unit(activations, backprops, kernel_size))
+        factored_sum(windows(activations[b], axes, groups), grouped(backprops[b], groups), coef[b], bias)
+        for b in blocks(activations.shape[0], unit_of(activations, backprops, kernel_size))
     ]
     total = torch.stack(parts).sum(0).to(sum_dtype(activations, backprops)).flatten(0, 1)
     weight, shift = weight_and_bias(split_bias(total, bias))

@@ -87,6 +87,13 @@ void conv_clip_sum(Address activations, Address backprops, Address coef, int64_t
   }
 }
 
+void conv_grads(Address activations, Address backprops, int64_t samples, const ConvArgs& args, uintptr_t weight,
+                uintptr_t bias, int threads) {
+  conv_grad_sample(reinterpret_cast<const void*>(activations.first), activations.second,
+                   reinterpret_cast<const void*>(backprops.first), backprops.second, samples, shape_of(args),
+                   reinterpret_cast<float*>(weight), reinterpret_cast<float*>(bias), threads);
+}
+
 const float* floats(uintptr_t data) { return reinterpret_cast<const float*>(data); }
 
 Head head_of(Address features, uintptr_t labels, uintptr_t weight, uintptr_t bias, int64_t rows, int64_t inputs,
@@ -123,6 +130,7 @@ void bind_factored(py::module_& m) {
   m.def("linear_norm_sq", &linear_norm_sq, py::call_guard<py::gil_scoped_release>());
   m.def("linear_clip_sum", &linear_clip_sum, py::call_guard<py::gil_scoped_release>());
   m.def("conv_norm_sq", &conv_norm_sq, py::call_guard<py::gil_scoped_release>());
+  m.def("conv_grad_sample", &conv_grads, py::call_guard<py::gil_scoped_release>());
   m.def("conv_clip_sum", &conv_clip_sum, py::call_guard<py::gil_scoped_release>());
   m.def("softmax_head", &softmax_head, py::call_guard<py::gil_scoped_release>());
   m.def("softmax_head_coordinates", &softmax_head_coordinates, py::call_guard<py::gil_scoped_release>());

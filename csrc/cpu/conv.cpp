@@ -1,64 +1,124 @@
 #include "conv.h"
 
+#include <cstring>
 #include <type_traits>
 
 namespace adamix {
 
-Windows::Windows(const void* data, DType dtype, const ConvShape& shape, Groups groups)
-    : Source(shape.window()), data_(data), dtype_(dtype), shape_(shape), groups_(groups) {
-  const auto& [depth, height, width] = shape.size;
-  for (int64_t channel = 0; channel < shape.inputs / shape.groups; ++channel)
-    for (int64_t d = 0; d < shape.kernel[0]; ++d)
-      for (int64_t h = 0; h < shape.kernel[1]; ++h)
-        for (int64_t w = 0; w < shape.kernel[2]; ++w) {
-          const ConvShape::Axes shift{d * shape.dilation[0], h * shape.dilation[1], w * shape.dilation[2]};
-          columns_.push_back({((channel * depth + shift[0]) * height + shift[1]) * width + shift[2], shift});
-          offsets_.push_back(columns_.back().offset);
-        }
+namespace {
+
+// Copies runs of at most kMost numbers, which is faster than as many as there are: what is too much is overwritten by
+// the runs that follow, and those from `whole` on are copied exactly.
+template <int kMost>
+void copy_runs(const std::vector<Box::Run>& runs, size_t whole, const float* window, float* out) {
+  size_t k = 0;
+  for (; k < whole; ++k) std::memcpy(out + runs[k].at, window + runs[k].offset, kMost * sizeof(float));
+  for (; k < runs.size(); ++k) std::memcpy(out + runs[k].at, window + runs[k].offset, runs[k].count * sizeof(float));
 }
+
+}  // namespace
+
+Box::Box(const ConvShape& shape, int64_t position, int64_t rows) : shape_(shape) {
+  const int64_t last = position + rows - 1, plane = shape.out[1] * shape.out[2];
+  const bool one = position / plane == last / plane;
+  from_ = {position / plane, one ? position / shape.out[2] % shape.out[1] : 0, 0};
+  const ConvShape::Axes to{last / plane, one ? last / shape.out[2] % shape.out[1] : shape.out[1] - 1, shape.out[2] - 1};
+  for (int axis = 0; axis < 3; ++axis) {
+    corner_[axis] = from_[axis] * shape.stride[axis] - shape.before[axis];
+    size_[axis] = (to[axis] - from_[axis]) * shape.stride[axis] + (shape.kernel[axis] - 1) * shape.dilation[axis] + 1;
+  }
+}
+
+template <class T>
+void Box::fill(const T* data, int64_t channels, std::vector<float>& memory) {
+  const ConvShape& s = shape_;
+  memory.assign(channels * size_[0] * size_[1] * size_[2] + kSlack, 0.0f);
+  memory_ = memory.data();
+  const int64_t left = std::max<int64_t>(0, -corner_[2]), right = std::min(size_[2], s.size[2] - corner_[2]);
+  float* line = memory.data();
+  for (int64_t c = 0; c < channels; ++c)
+    for (int64_t d = corner_[0]; d < corner_[0] + size_[0]; ++d)
+      for (int64_t h = corner_[1]; h < corner_[1] + size_[1]; ++h, line += size_[2]) {
+        if (d < 0 || d >= s.size[0] || h < 0 || h >= s.size[1]) continue;
+        const T* x = data + ((c * s.size[0] + d) * s.size[1] + h) * s.size[2] + corner_[2];
+        for (int64_t w = left; w < right; ++w) line[w] = narrow(x[w]);
+      }
+}
+
+void Box::choose(int64_t first, int64_t count, std::vector<Run>& runs) {
+  const ConvShape& s = shape_;
+  const int64_t most = s.dilation[2] == 1 ? s.kernel[2] : 1;
+  runs.clear();
+  int64_t w = first % s.kernel[2], h = first / s.kernel[2] % s.kernel[1];
+  int64_t d = first / (s.kernel[2] * s.kernel[1]) % s.kernel[0], c = first / (s.kernel[2] * s.kernel[1] * s.kernel[0]);
+  for (int64_t at = 0; at < count;) {
+    const int64_t n = most == 1 ? 1 : std::min(most - w, count - at);
+    const int64_t row = (c * size_[0] + d * s.dilation[0]) * size_[1] + h * s.dilation[1];
+    runs.push_back({row * size_[2] + w * s.dilation[2], at, n});
+    at += n;
+    if ((w += n) < s.kernel[2]) continue;
+    w = 0;
+    if (++h < s.kernel[1]) continue;
+    h = 0;
+    if (++d < s.kernel[0]) continue;
+    d = 0;
+    ++c;
+  }
+  runs_ = &runs;
+  copied_ = most == 1 || most > kSlack ? 1 : most <= 4 ? 4 : most <= 8 ? 8 : 16;
+  whole_ = 0;
+  while (copied_ > 1 && whole_ < runs.size() && runs[whole_].at + copied_ <= count) ++whole_;
+}
+
+void Box::copy(int64_t position, int64_t rows, float* out, int64_t stride) const {
+  const ConvShape& s = shape_;
+  const std::vector<Run>& runs = *runs_;
+  ConvShape::Axes at{position / (s.out[1] * s.out[2]) - from_[0], position / s.out[2] % s.out[1] - from_[1],
+                     position % s.out[2]};
+  for (int64_t row = 0; row < rows; ++row, out += stride) {
+    const float* window =
+        memory_ + (at[0] * s.stride[0] * size_[1] + at[1] * s.stride[1]) * size_[2] + at[2] * s.stride[2];
+    if (copied_ == 4)
+      copy_runs<4>(runs, whole_, window, out);
+    else if (copied_ == 8)
+      copy_runs<8>(runs, whole_, window, out);
+    else if (copied_ == 16)
+      copy_runs<16>(runs, whole_, window, out);
+    else
+      for (const Run& run : runs)
+        for (int64_t i = 0; i < run.count; ++i) out[run.at + i] = window[run.offset + i];
+    if (++at[2] < s.out[2]) continue;
+    at[2] = 0;
+    if (++at[1] + from_[1] < s.out[1]) continue;
+    at[1] = -from_[1];
+    ++at[0];
+  }
+}
+
+template void Box::fill(const float*, int64_t, std::vector<float>&);
+template void Box::fill(const BFloat16*, int64_t, std::vector<float>&);
+template void Box::fill(const Float16*, int64_t, std::vector<float>&);
+template void Box::fill(const double*, int64_t, std::vector<float>&);
 
 template <class T>
 void Windows::read_as(int64_t sample, int64_t position, int64_t rows, int64_t first, int64_t count, float* out,
                       int64_t stride) const {
-  const auto& [depth, height, width] = shape_.size;
-  const int64_t channels = shape_.inputs / shape_.groups, group = groups_.first + sample % groups_.count;
-  const T* data = static_cast<const T*>(data_) +
-                  (sample / groups_.count * shape_.inputs + group * channels) * depth * height * width;
-  ConvShape::Axes at{position / (shape_.out[1] * shape_.out[2]), position / shape_.out[2] % shape_.out[1],
-                     position % shape_.out[2]};
-  for (int64_t row = 0; row < rows; ++row, out += stride) {
-    ConvShape::Axes corner;
-    bool inside = true;
-    for (int axis = 0; axis < 3; ++axis) {
-      corner[axis] = at[axis] * shape_.stride[axis] - shape_.before[axis];
-      const int64_t last = corner[axis] + (shape_.kernel[axis] - 1) * shape_.dilation[axis];
-      inside &= corner[axis] >= 0 && last < shape_.size[axis];
-    }
-    for (int axis = 2; axis >= 0; --axis) {
-      if (++at[axis] < shape_.out[axis]) break;
-      at[axis] = 0;
-    }
-    const int64_t base = (corner[0] * height + corner[1]) * width + corner[2];
-    if (inside) {
-      const T* window = data + base;
-      const int64_t* offsets = offsets_.data() + first;
-      for (int64_t i = 0; i < count; ++i) out[i] = narrow(window[offsets[i]]);
-      continue;
-    }
-    for (int64_t i = 0; i < count; ++i) {
-      const Column& column = columns_[first + i];
-      bool there = true;
-      for (int axis = 0; axis < 3; ++axis) {
-        const int64_t x = corner[axis] + column.shift[axis];
-        there &= x >= 0 && x < shape_.size[axis];
-      }
-      out[i] = there ? narrow(data[base + column.offset]) : 0;
-    }
-  }
+  thread_local std::vector<float> memory;
+  thread_local std::vector<Box::Run> runs;
+  const ConvShape& s = shape_;
+  const int64_t taps = s.kernel[0] * s.kernel[1] * s.kernel[2], channel = first / taps;
+  const int64_t group = groups_.first + sample % groups_.count, all = s.inputs / s.groups;
+  Box box(s, position, rows);
+  box.fill(static_cast<const T*>(data_) +
+               (sample / groups_.count * s.inputs + group * all + channel) * s.size[0] * s.size[1] * s.size[2],
+           (first + count - 1) / taps + 1 - channel, memory);
+  box.choose(first - channel * taps, count, runs);
+  box.copy(position, rows, out, stride);
 }
 
 void Windows::read(int64_t sample, int64_t position, int64_t rows, int64_t first, int64_t count, float* out,
                    int64_t stride) const {
+  if (rows <= 0 || count <= 0) return;
   dispatch(dtype_, [&](auto* type) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
     read_as<T>(sample, position, rows, first, count, out, stride);

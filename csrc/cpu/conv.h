@@ -25,19 +25,42 @@ struct Groups {
   int64_t first, count;
 };
 
+// The inputs that the windows of some positions see, as float32 with zeros around: a window's numbers lie there in
+// runs.
+class Box {
+ public:
+  // Numbers of a window that lie side by side: its columns `at` and on, `offset` from the window's corner.
+  struct Run {
+    int64_t offset, at, count;
+  };
+
+  Box(const ConvShape& shape, int64_t position, int64_t rows);
+  // Takes the inputs of so many channels, the first at `data`, into memory that is the caller's.
+  template <class T>
+  void fill(const T* data, int64_t channels, std::vector<float>& memory);
+  // Which columns of the windows `copy` is to give, from those channels on.
+  void choose(int64_t first, int64_t count, std::vector<Run>& runs);
+  void copy(int64_t position, int64_t rows, float* out, int64_t stride) const;
+
+ private:
+  static constexpr int64_t kSlack = 16;
+
+  const ConvShape& shape_;
+  ConvShape::Axes from_, corner_, size_;  // output and input positions
+  const float* memory_ = nullptr;
+  const std::vector<Run>* runs_ = nullptr;
+  int64_t copied_ = 1;
+  size_t whole_ = 0;
+};
+
 class Windows final : public Source {
  public:
-  Windows(const void* data, DType dtype, const ConvShape& shape, Groups groups);
+  Windows(const void* data, DType dtype, const ConvShape& shape, Groups groups)
+      : Source(shape.window()), data_(data), dtype_(dtype), shape_(shape), groups_(groups) {}
   void read(int64_t sample, int64_t position, int64_t rows, int64_t first, int64_t count, float* out,
             int64_t stride) const override;
 
  private:
-  // Where a column's number lies, from the corner of a window on.
-  struct Column {
-    int64_t offset;
-    ConvShape::Axes shift;
-  };
-
   template <class T>
   void read_as(int64_t sample, int64_t position, int64_t rows, int64_t first, int64_t count, float* out,
                int64_t stride) const;
@@ -46,8 +69,6 @@ class Windows final : public Source {
   DType dtype_;
   ConvShape shape_;
   Groups groups_;
-  std::vector<Column> columns_;
-  std::vector<int64_t> offsets_;
 };
 
 // Backprops [samples, outputs, positions], seen with the channels of a group as columns.
@@ -66,5 +87,9 @@ class Channels final : public Source {
   int64_t all_;
   Groups groups_;
 };
+
+// Writes [samples, outputs, window] and, unless null, [samples, outputs]: gradients of the weight and the bias.
+void conv_grad_sample(const void* activations, DType a_type, const void* backprops, DType g_type, int64_t samples,
+                      const ConvShape& shape, float* weight, float* bias, int threads);
 
 }  // namespace adamix

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from types import ModuleType
@@ -17,7 +18,9 @@ from adamix_kernels import (
     Noise,
     clip_coef,
     conv_clip_sum,
+    conv_grad_sample,
     conv_norm_sq,
+    grad_norm_sq,
     linear_clip_sum,
     linear_norm_sq,
     native,
@@ -33,6 +36,7 @@ OPS = [
     linear_clip_sum,
     conv_norm_sq,
     conv_clip_sum,
+    conv_grad_sample,
     softmax_head_clip_sum_noise,
     softmax_head_coordinates,
 ]
@@ -62,6 +66,7 @@ def works() -> dict[str, Any]:
         "direct": lambda: linear_norm_sq(a, g, True, "direct"),
         "sum": lambda: linear_clip_sum(a, g, coef, True, Noise(seed=1), 0.3),
         "conv norm": lambda: conv_norm_sq(image, back, **conv),
+        "conv grads": lambda: conv_grad_sample(image, back, **conv),
         "conv sum": lambda: conv_clip_sum(image, back, coef[:4], **conv),
         "head": lambda: softmax_head_clip_sum_noise(x, labels, weight, bias, 1.0, 0.5, Noise(seed=2)),
         "coordinates": lambda: softmax_head_coordinates(x, labels, weight, randn(9, 3, 17 * 98), bias),
@@ -248,3 +253,17 @@ def test_norms_need_no_more_memory_than_their_inputs(size: int, run: str, most: 
     code = MEMORY.format(size=size, run=run)
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert 16e6 < float(done.stdout) < most
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_gradients_of_a_convolution_keep_what_is_not_finite_to_its_sample(backend: str, value: float) -> None:
+    torch.manual_seed(0)
+    a, g = torch.randn(4, 3, 9, 9), torch.randn(4, 5, 7, 7)
+    with use_backend(backend):
+        before = conv_grad_sample(a, g, (3, 3), bias=True)
+        a[1, 0, 4, 4], g[2, 1, 0, 0] = value, value
+        after = conv_grad_sample(a, g, (3, 3), bias=True)
+        norm_sq = grad_norm_sq(list(after))
+    assert torch.equal(before.weight[[0, 3]], after.weight[[0, 3]])
+    assert norm_sq.isinf().tolist() == [False, True, True, False]
