@@ -34,6 +34,7 @@ def unfolded(rules: Rules, x: Tensor) -> Tensor:
         or base.dim() < 2
         or base.shape[0] != samples
         or base.numel() != x.numel()
+        or x.shape[0] % max(samples, 1)
         or not (base.is_contiguous() and x.is_contiguous())
     ):
         return x
@@ -149,15 +150,17 @@ def embedding(
 
         def pull(grads: Tensor) -> Any:
             ids = input.expand(grads.shape[0], *input.shape[input.shape[0] == 1 and input.dim() > 1 :])
-            return (weight,), EmbeddingFactors(ids, grads.reshape(*ids.shape, -1), entries, padding_idx)
+            return (weight,), EmbeddingFactors(ids, grads.reshape(*ids.shape, weight.shape[1]), entries, padding_idx)
 
         return rules.derive(out, weight, pull=pull if isinstance(weight, PrivateParameter) else None)
     if input.dim() == 0 or samples not in (None, input.shape[0]):
         rules.check_batch(input[None], "embedding()", weight)
+    rules.tell(input, weight)
     out = F.embedding(input, plain(weight), padding_idx)
 
     def build(saved: Sequence[Tensor], g: Tensor, wanted: Sequence[bool]) -> Factors:
-        return EmbeddingFactors(saved[0], g, entries, padding_idx)
+        ids = saved[0]
+        return EmbeddingFactors(*((ids, g) if ids.dim() > 1 else (ids[:, None], g[:, None])), entries, padding_idx)
 
     return rules.tap(out, build, [input], weight)
 
@@ -192,7 +195,7 @@ def layer_norm(
     shape = tuple(normalized_shape)
     if isinstance(input, Private):
         return rules.derive(F.layer_norm(input, shape, weight, bias, eps), input, weight, bias)
-    rules.check_batch(input, "layer_norm()", weight, bias)
+    rules.check_normalised(input, shape, "layer_norm()", weight, bias)
     out = F.layer_norm(input, shape, plain(weight), plain(bias), eps)
     return _affine(rules, out, input, weight, bias, len(shape), lambda x: F.layer_norm(x, shape, eps=eps))
 
@@ -202,7 +205,7 @@ def rms_norm(rules: Rules, input: Any, normalized_shape: Any, weight: Any = None
     shape = tuple(normalized_shape)
     if isinstance(input, Private):
         return rules.derive(F.rms_norm(input, shape, weight, eps), input, weight)
-    rules.check_batch(input, "rms_norm()", weight)
+    rules.check_normalised(input, shape, "rms_norm()", weight)
     out = F.rms_norm(input, shape, plain(weight), eps)
     least = torch.finfo(input.dtype).eps if eps is None else eps
     return _affine(rules, out, input, weight, None, len(shape), lambda x: F.rms_norm(x, shape, eps=least))
@@ -237,8 +240,13 @@ def instance_norm(
             "noise; pass track_running_stats=False"
         )
     rules.check_batch(input, "instance_norm()", weight, bias)
-    out = F.instance_norm(input, None, None, plain(weight), plain(bias), True, momentum, eps)
-    return _affine(rules, out, input, weight, bias, None, lambda x: F.instance_norm(x, eps=eps))
+
+    def normalise(x: Tensor, weight: Any = None, bias: Any = None) -> Tensor:
+        if not len(x):  # on which torch.instance_norm fails
+            return F.group_norm(x, x.shape[1], weight, bias, eps)
+        return F.instance_norm(x, None, None, weight, bias, True, momentum, eps)
+
+    return _affine(rules, normalise(input, plain(weight), plain(bias)), input, weight, bias, None, normalise)
 
 
 @rule(F.batch_norm)

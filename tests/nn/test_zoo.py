@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 from zoo import ZOO, inputs, losses, model, one_by_one
 
 from adamix_kernels import DPEngine
@@ -30,7 +30,7 @@ def expected(name: str, dtype: torch.dtype) -> list[Grads]:
 
 def layer_of(name: str, parameter: str) -> str:
     first = next(iter(expected(name, torch.float64)[0]))
-    return (first if parameter == ZOO[name].joined else parameter).rpartition(".")[0]
+    return (first if parameter in ZOO[name].joined else parameter).rpartition(".")[0]
 
 
 def norms(grads: list[Grads], keep: Callable[[str], bool] = lambda name: True) -> Tensor:
@@ -53,12 +53,11 @@ def clipped_sum(name: str, dtype: torch.dtype, limit: Any) -> Grads:
     total = {n: torch.zeros_like(g) for n, g in grads[0].items()}
     for parameter, into in total.items():
         layer = layer_of(name, parameter)
-        sizes = (
-            norms(grads, lambda p, layer=layer: layer_of(name, p) == layer) if isinstance(limit, dict) else norms(grads)
-        )
-        bound = limit[layer] if isinstance(limit, dict) else limit
-        for one, size in zip(grads, sizes.tolist(), strict=True):
-            into += one[parameter] * min(1.0, bound / size if size else 1.0)
+        apart = isinstance(limit, dict)
+        sizes = norms(grads, lambda p, layer=layer: not apart or layer_of(name, p) == layer).tolist()
+        bound = limit[layer] if apart else limit
+        for one, size in zip(grads, sizes, strict=True):
+            into.add_(one[parameter] * min(1.0, bound / size if size else 1.0))
     return total
 
 
@@ -128,11 +127,7 @@ def test_batches_of_none_and_of_one(name: str, strategy: str, samples: int) -> N
     dtype = torch.float64
     module, batch = model(ZOO[name], dtype), inputs(ZOO[name], samples, dtype)
     grads = one_by_one(module, batch)
-    sums, found, _ = (
-        step(module, batch, max_grad_norm=1e30, strategy=strategy)
-        if strategy != "per_layer"
-        else step(module, batch, max_grad_norm=1e30, strategy=strategy)
-    )
+    sums, found, _ = step(module, batch, max_grad_norm=1e30, strategy=strategy)
     wanted = grads[0] if grads else {n: torch.zeros_like(p) for n, p in module.named_parameters() if p.requires_grad}
     assert len(found) == samples or not samples
     assert_close(sums, wanted, 1e-9)

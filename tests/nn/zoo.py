@@ -40,7 +40,7 @@ class Fn(nn.Module):
 class Entry:
     make: Callable[[], nn.Module]
     inputs: Sizes | Callable[[int], Any]  # a sample's shape, or the inputs of so many samples
-    joined: str = ""  # a parameter that is used together with the first one, and so in its layer
+    joined: tuple[str, ...] = ()  # parameters that are used together with the first one, and so in its layer
 
 
 def floats(*sizes: Sizes) -> Callable[[int], Any]:
@@ -119,7 +119,7 @@ def recomputed(reentrant: bool) -> nn.Module:
 def branching(m: Any, x: Tensor) -> Tensor:
     for _ in range(1 + x.shape[-1] % 2):
         x = torch.relu(m.layer(x))
-    return m.one(x) if x.detach().abs().max() < 1e9 else m.other(x)
+    return m.one(x) if bool((x < 1e9).all()) else m.other(x)
 
 
 def siamese(m: Any, first: Tensor, second: Tensor) -> Tensor:
@@ -213,7 +213,7 @@ NORM_TABLE: dict[str, Entry] = {
     "batch norm eval": Entry(lambda: seq(nn.Linear(6, 5), nn.BatchNorm1d(5).eval(), nn.Linear(5, 2)), (6,)),
     "vit": Entry(vit, (2, 4, 4)),
     "tied head": Entry(lambda: tied_head(False), ids(9, 5)),
-    "tied head with bias": Entry(lambda: tied_head(True), ids(9, 5), joined="2.bias"),
+    "tied head with bias": Entry(lambda: tied_head(True), ids(9, 5), joined=("2.bias",)),
 }
 
 USES: dict[str, Entry] = {
@@ -262,6 +262,7 @@ USES: dict[str, Entry] = {
             out=nn.Linear(4, 2),
         ),
         (5, 3),
+        joined=("q.weight", "q.bias"),
     ),
     "distances": Entry(
         lambda: Fn(lambda m, x: torch.cdist(m.lin(x), m.centres), lin=nn.Linear(4, 3), centres=(7, 3)), (4,)

@@ -1,0 +1,68 @@
+"""Where the batch is as long as its sequences, `[T, B, D]` looks like `[B, T, D]`: one sample less tells them apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from adamix_kernels.nn.errors import PrivacyError
+
+if TYPE_CHECKING:
+    from adamix_kernels.nn.engine import DPEngine
+
+
+def tell_apart(engine: DPEngine, module: nn.Module, args: Any, kwargs: Any) -> None:
+    """Run the forward pass again without the last sample: every rule checks dimension 0 against that size.
+
+    It happens once, at the first forward pass, and only if an input of a parameter has a second dimension of the
+    batch's size: then each parameter is known, and a batch of any size may follow.
+    """
+    rules, samples = engine._rules, engine.batch_size or 0
+    doubtful = rules.doubtful - rules.told
+    rules.doubtful = set()
+    if not doubtful:
+        return
+
+    def less(x: Any) -> Any:
+        whole = not isinstance(x, Tensor) or x.dim() == 0 or x.shape[0] != samples
+        return x if whole else x.detach()[:-1].clone().requires_grad_(x.requires_grad)
+
+    args, kwargs = tree_map(less, (args, dict(kwargs)))
+    cause: Exception | None = None
+    with _undone(engine, module, samples - 1):
+        try:
+            module.forward(*args, **kwargs)
+        except Exception as error:  # whatever the model makes of a wrong shape
+            cause = error
+    if cause is not None or doubtful - rules.told:
+        raise PrivacyError(
+            f"{', '.join(map(repr, sorted(doubtful)))}: its batch has {samples} samples and its input another dimension of "
+            f"that size; without the last sample the model {'fails' if cause else 'leaves them out'}, so it is not "
+            "known which one is the batch. It must be dimension 0 wherever a trainable parameter is used; if it is, "
+            "begin with a batch of another size"
+        ) from cause
+
+
+@contextmanager
+def _undone(engine: DPEngine, module: nn.Module, samples: int) -> Iterator[None]:
+    """A forward pass that leaves nothing behind: no expected gradients, buffers and random numbers as before."""
+    rules, passes, size = engine._rules, engine._passes, engine.batch_size
+    expected = dict(passes._expected)
+    buffers = [(b, b._version, b.clone()) for b in module.buffers()]
+    devices = {p.device.index for p in module.parameters() if p.device.type == "cuda"}
+    engine.batch_size, rules.probing = samples, True
+    try:
+        with torch.random.fork_rng([d for d in devices if d is not None]):
+            yield
+    finally:
+        engine.batch_size, rules.probing = size, False
+        passes._expected = expected
+        with torch.no_grad():
+            for buffer, version, value in buffers:
+                if buffer._version != version:
+                    buffer.copy_(value)
