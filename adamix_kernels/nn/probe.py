@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from adamix_kernels.nn.errors import PrivacyError
+from adamix_kernels.nn.parameter import tensors
 
 if TYPE_CHECKING:
     from adamix_kernels.nn.engine import DPEngine
@@ -34,7 +35,9 @@ def tell_apart(engine: DPEngine, module: nn.Module, args: Any, kwargs: Any) -> N
 
     args, kwargs = tree_map(less, (args, dict(kwargs)))
     cause: Exception | None = None
-    with _undone(engine, module, samples - 1):
+    with _undone(engine, module):
+        engine.batch_size = samples - 1
+        engine.input_storages = {x.untyped_storage().data_ptr() for x in tensors(args, kwargs)}
         try:
             module.forward(*args, **kwargs)
         except Exception as error:  # whatever the model makes of a wrong shape
@@ -42,25 +45,26 @@ def tell_apart(engine: DPEngine, module: nn.Module, args: Any, kwargs: Any) -> N
     if cause is not None or doubtful - rules.told:
         raise PrivacyError(
             f"{', '.join(map(repr, sorted(doubtful)))}: its batch has {samples} samples and its input another dimension of "
-            f"that size; without the last sample the model {'fails' if cause else 'leaves them out'}, so it is not "
-            "known which one is the batch. It must be dimension 0 wherever a trainable parameter is used; if it is, "
-            "begin with a batch of another size"
+            f"that size; without the last sample the model {'fails' if cause else 'leaves it out'}, so it is not known "
+            "which one is the batch. It must be dimension 0 wherever a trainable parameter is used; if it is, begin "
+            "with a batch of another size"
         ) from cause
 
 
 @contextmanager
-def _undone(engine: DPEngine, module: nn.Module, samples: int) -> Iterator[None]:
+def _undone(engine: DPEngine, module: nn.Module) -> Iterator[None]:
     """A forward pass that leaves nothing behind: no expected gradients, buffers and random numbers as before."""
-    rules, passes, size = engine._rules, engine._passes, engine.batch_size
+    rules, passes = engine._rules, engine._passes
+    size, storages = engine.batch_size, engine.input_storages
     expected = dict(passes._expected)
     buffers = [(b, b._version, b.clone()) for b in module.buffers()]
     devices = {p.device.index for p in module.parameters() if p.device.type == "cuda"}
-    engine.batch_size, rules.probing = samples, True
+    rules.probing = True
     try:
         with torch.random.fork_rng([d for d in devices if d is not None]):
             yield
     finally:
-        engine.batch_size, rules.probing = size, False
+        engine.batch_size, engine.input_storages, rules.probing = size, storages, False
         passes._expected = expected
         with torch.no_grad():
             for buffer, version, value in buffers:

@@ -51,7 +51,7 @@ def elementwise(rules: Rules, function: Callable[..., Any], args: Sequence[Any],
     with_rows = [x for x in others if x.dim() == len(shape) and x.shape[:1] == shape[:1]]
     targets = [x for x in given if isinstance(x, Private)]
     if _in_place(function) and isinstance(args[0], Private):
-        raise PrivacyError(f"{rules.names(targets)}: {name_of(function)} changes it in place; use one that does not")
+        raise PrivacyError(f"{rules.names(targets)}: {name_of(function)} changes it in place")
     covers = [x for x in targets if x.dim() == len(shape) and x.shape[0] != 1 and x.stride(0) != 0]
     if not any(rules.is_batch(x) for x in with_rows) or (covers and not any(x.requires_grad for x in others)):
         if any(x.requires_grad for x in others):
@@ -124,7 +124,7 @@ def by_vmap(rules: Rules, function: Callable[..., Any], args: Sequence[Any], kwa
     what = name_of(function)
     if _in_place(function):
         raise PrivacyError(
-            f"{rules.names(list(found_in(args, kwargs)))}: {what} works in place and has no rule; use one that does not"
+            f"{rules.names(list(found_in(args, kwargs)))}: {what} works in place and has no rule; use another"
         )
     leaves, spec = tree_flatten((list(args), dict(kwargs)))
     out = _call(function, spec, [plain(x) for x in leaves])

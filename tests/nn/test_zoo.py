@@ -54,7 +54,7 @@ def clipped_sum(name: str, dtype: torch.dtype, limit: Any) -> Grads:
     for parameter, into in total.items():
         layer = layer_of(name, parameter)
         apart = isinstance(limit, dict)
-        sizes = norms(grads, lambda p, layer=layer: not apart or layer_of(name, p) == layer).tolist()
+        sizes = norms(grads, (lambda p, layer=layer: layer_of(name, p) == layer) if apart else lambda p: True).tolist()
         bound = limit[layer] if apart else limit
         for one, size in zip(grads, sizes, strict=True):
             into.add_(one[parameter] * min(1.0, bound / size if size else 1.0))
