@@ -43,11 +43,11 @@ def tell_apart(engine: DPEngine, module: nn.Module, args: Any, kwargs: Any) -> N
         except Exception as error:  # whatever the model makes of a wrong shape
             cause = error
     if cause is not None or doubtful - rules.told:
+        names = ", ".join(map(repr, sorted(doubtful)))
         raise PrivacyError(
-            f"{', '.join(map(repr, sorted(doubtful)))}: its batch has {samples} samples and its input another dimension of "
-            f"that size; without the last sample the model {'fails' if cause else 'leaves it out'}, so it is not known "
-            "which one is the batch. It must be dimension 0 wherever a trainable parameter is used; if it is, begin "
-            "with a batch of another size"
+            f"{names}: its batch has {samples} samples and its input another dimension of that size; without the last "
+            f"sample the model {'fails' if cause else 'leaves it out'}, so it is not known which one is the batch. It "
+            "must be dimension 0 wherever a trainable parameter is used; if it is, begin with a batch of another size"
         ) from cause
 
 

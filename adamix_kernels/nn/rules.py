@@ -73,8 +73,14 @@ class Rules:
 
         if func in TEMPLATES and not isinstance(args[0], Private):
             return func(*args, **kwargs)  # a parameter only tells a type or a shape
-        if any(self.is_batch(x) and x.is_floating_point() for x in found):
+        rows = [x for x in found if self.is_batch(x) and x.is_floating_point()]
+        if any(x.requires_grad or self._is_input(x) for x in rows):
             return by_vmap(self, func, args, kwargs)
+        if rows:
+            try:
+                return by_vmap(self, func, args, kwargs)
+            except PrivacyError:  # no samples, but as large by chance; if they are, an ordinary gradient will tell
+                pass
         self.check_no_samples(found, name_of(func))
         return self.derive(func(*args, **kwargs), found)
 
@@ -101,12 +107,15 @@ class Rules:
             self._buffers = {b.untyped_storage().data_ptr() for b in self.engine.model.buffers() if b.numel()}
         return x.untyped_storage().data_ptr() in self._buffers
 
+    def _is_input(self, x: Tensor) -> bool:
+        return x.untyped_storage().data_ptr() in self.engine.input_storages
+
     def check_no_samples(self, found: Sequence[Tensor], what: str) -> None:
         """What is derived of parameters may not hold samples: their rows could not be told apart any more."""
         for x in found:
             if isinstance(x, Private) or x.dim() == 0 or self.batch_size == 1:
                 continue
-            if x.untyped_storage().data_ptr() in self.engine.input_storages:
+            if self._is_input(x):
                 raise PrivacyError(
                     f"{self.names(found)}: {what} joins it with an input {list(x.shape)} of the model, but not row by "
                     "row; look rows up by embedding(), or give the parameter a dimension of size 1 for the samples"
@@ -126,7 +135,7 @@ class Rules:
             return False
         if not self._names_of([weight]) - self._positions:
             return True  # as in batches of another size
-        if indices.untyped_storage().data_ptr() not in self.engine.input_storages:
+        if not self._is_input(indices):
             raise PrivacyError(
                 f"{self.names([weight])}: embedding() gets {samples} indices, as many as the batch has samples, but "
                 "they are not the model's input: they may be one per sample or positions that all samples share. Pass "
@@ -143,7 +152,12 @@ class Rules:
 
         Sequences `[T, B, D]` would pass for `[B, T, D]` where T = B: `probe` then tells them apart.
         """
-        if self.batch_size is not None and self.batch_size > 1:
+        if self.batch_size is None:
+            raise PrivacyError(
+                f"{self.names(targets)}: used while the size of the batch is not known; call the model itself, not one "
+                "of its methods or parts, with tensors as arguments or in lists and dicts"
+            )
+        if self.batch_size > 1:
             sure = self.probing or (x.dim() > 1 and self.batch_size not in x.shape[1:])
             (self.told if sure else self.doubtful).update(self._names_of(targets))
 

@@ -44,6 +44,7 @@ def _elementwise(function: Callable[..., Any]) -> None:
 
 def elementwise(rules: Rules, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Parameters that are broadcast against samples: each gets a row per sample."""
+    what = name_of(function)
     leaves, spec = tree_flatten((args, kwargs))
     given = [x for x in leaves if isinstance(x, Tensor)]
     shape = torch.broadcast_shapes(*(x.shape for x in given))
@@ -51,26 +52,23 @@ def elementwise(rules: Rules, function: Callable[..., Any], args: Sequence[Any],
     with_rows = [x for x in others if x.dim() == len(shape) and x.shape[:1] == shape[:1]]
     targets = [x for x in given if isinstance(x, Private)]
     if _in_place(function) and isinstance(args[0], Private):
-        raise PrivacyError(f"{rules.names(targets)}: {name_of(function)} changes it in place")
+        raise PrivacyError(f"{rules.names(targets)}: {what} changes it in place")
     covers = [x for x in targets if x.dim() == len(shape) and x.shape[0] != 1 and x.stride(0) != 0]
     if not any(rules.is_batch(x) for x in with_rows) or (covers and not any(x.requires_grad for x in others)):
         if any(x.requires_grad for x in others):
             raise PrivacyError(
-                f"{rules.names(targets)}: {name_of(function)} joins it with {_shapes(others)}, which depends on private "
+                f"{rules.names(targets)}: {what} joins it with {_shapes(others)}, which depends on private "
                 "samples but has no dimension for them. A penalty on parameters belongs into the optimizer "
                 "(weight_decay), or within public()"
             )
-        rules.check_no_samples(given, name_of(function))
+        rules.check_no_samples(given, what)
         return rules.derive(function(*args, **kwargs), *targets)
     if covers:
         raise PrivacyError(
-            f"{rules.names(covers)}: {name_of(function)} meets samples along its own dimension 0; give it a dimension of "
-            "size 1 there"
+            f"{rules.names(covers)}: {what} meets samples along its own dimension 0; give it one of size 1 there"
         )
     if rules.batch_size not in (None, shape[0]):
-        rules.check_batch(
-            with_rows[0] if with_rows[0].dim() > 1 else with_rows[0][:, None], name_of(function), *targets
-        )
+        rules.check_batch(with_rows[0] if with_rows[0].dim() > 1 else with_rows[0][:, None], what, *targets)
     rules.tell(with_rows[0], *targets)
     leaves = [
         x if not isinstance(x, Private) else rules.rows(x, len(shape), shape[0]) if trains(x) else plain(x)

@@ -50,7 +50,7 @@ def nested(samples: int) -> Any:
 
 
 def positions_ids(samples: int) -> Any:
-    return (torch.randint(7, (samples, 3)),)
+    return (torch.randint(7, (samples, 5)),)
 
 
 LINEAR_CONV: dict[str, Entry] = {
