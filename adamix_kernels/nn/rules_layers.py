@@ -275,4 +275,5 @@ def batch_norm(
     return _affine(rules, out, input, weight, bias, None, normalise)
 
 
+rule(Tensor.__setitem__)(refuse("it is assigned to a part of a tensor", "join them by cat() or where()"))
 rule(F.embedding_bag)(refuse("embedding_bag() has no rule", "use an Embedding and a sum over its positions"))

@@ -27,6 +27,12 @@ def train(module: nn.Module, *batch: Tensor) -> None:
     dp.optimizer.step()
 
 
+def assigned(m: Any, x: Tensor) -> Tensor:
+    h = m.lin(x)
+    h[:, 0] = m.w
+    return h
+
+
 REFUSED: list[tuple[str, nn.Module, Tensor, str]] = [
     (
         "sequences first, as many as samples",
@@ -85,6 +91,7 @@ REFUSED: list[tuple[str, nn.Module, Tensor, str]] = [
         torch.randn(4, 4, 3),
         "may be one",
     ),
+    ("assigned", Fn(assigned, lin=nn.Linear(3, 3), w=(3,)), torch.randn(4, 2, 3), "'w': it is assigned to a part of"),
     ("bag", nn.EmbeddingBag(5, 3), torch.randint(5, (4, 2)), "embedding_bag.. has no rule; use an Embedding and a sum"),
     ("no batch", Fn(lambda m, x: m.lin(x.mean(0)), lin=nn.Linear(3, 2)), torch.randn(4, 3), "an input of shape .3."),
     ("batch last", Fn(lambda m, x: m.w @ x.T, w=(2, 3)), torch.randn(4, 3), "matmul.. has no rule"),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from zoo import ZOO, inputs, losses, model, one_by_one
 
 from adamix_kernels import DPEngine
@@ -131,3 +131,51 @@ def test_batches_of_none_and_of_one(name: str, strategy: str, samples: int) -> N
     wanted = grads[0] if grads else {n: torch.zeros_like(p) for n, p in module.named_parameters() if p.requires_grad}
     assert len(found) == samples or not samples
     assert_close(sums, wanted, 1e-9)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("name", [name for name in ZOO if name != "distances"])  # torch.cdist has no bfloat16
+def test_bfloat16_sums_and_norms_are_as_near_as_the_loop(name: str, strategy: str) -> None:
+    """Against the float64 loop over the same numbers.
+
+    A sample's bfloat16 gradient is off by e_b alone, in Frobenius norm over all parameters. In a batch other kernels
+    round at the same places in another order: at most as much again, and 2^-8 of it for each rounding of one sum, of
+    which two are allowed for. The norm is off by no more, so the factor changes c_b g_b by no more. The sum is rounded
+    once.
+    """
+    dtype = torch.bfloat16
+    module, batch = model(ZOO[name], dtype), inputs(ZOO[name], SAMPLES, dtype)
+    wide = tree_map(lambda x: x.double() if x.is_floating_point() else x, batch)
+    exact = one_by_one(model(ZOO[name], dtype).double(), wide)
+    sizes = norms(exact)
+    off = [
+        {n: one[n].double() - g for n, g in best.items()}
+        for one, best in zip(expected(name, dtype), exact, strict=True)
+    ]
+    bound = 2 * norms(off) + 2 * 2.0**-8 * sizes
+    limit = float(sizes.median()) * (100.0 if strategy == "per_layer" else 1.0)  # no layer is clipped
+    sums, found, _ = step(module, batch, max_grad_norm=limit, strategy=strategy)
+    coef = torch.ones_like(sizes) if strategy == "per_layer" else (limit / sizes).clamp(max=1.0)
+    assert (found >= sizes - bound).all() and (found <= sizes * (1 + 2e-3) + bound).all()
+    for parameter, total in sums.items():
+        wanted = torch.stack([c * one[parameter] for c, one in zip(coef, exact, strict=True)]).sum(0)
+        error = (total.double() - wanted).norm()
+        assert error <= 2 * (coef * bound).sum() + 2.0**-8 * wanted.norm(), parameter
+
+
+def test_later_unfrozen_and_frozen_parameters() -> None:
+    """What is trained is read at each step; what is frozen gets nothing."""
+    module = model(ZOO["cnn"], torch.float64)
+    batch = inputs(ZOO["cnn"], SAMPLES, torch.float64)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
+    dp = DPEngine(module, optimizer, max_grad_norm=1e30, noise_multiplier=0.0, expected_batch_size=1)
+    for trained in (("5.weight", "5.bias"), ("0.bias", "5.weight"), ("0.weight", "0.bias", "1.weight", "1.bias")):
+        for n, p in module.named_parameters():
+            p.requires_grad_(n in trained)
+        optimizer.zero_grad()
+        losses(module(*batch)).mean().backward()
+        optimizer.step()
+        wanted = clipped_sum("cnn", torch.float64, 1e30)
+        assert {n for n, p in module.named_parameters() if p.grad is not None} == set(trained)
+        assert_close({n: module.get_parameter(n).grad for n in trained}, {n: wanted[n] for n in trained}, 1e-9)
+    dp.detach()
