@@ -43,7 +43,7 @@ def tell_apart(engine: DPEngine, module: nn.Module, args: Any, kwargs: Any) -> N
         except Exception as error:  # whatever the model makes of a wrong shape
             cause = error
     if cause is not None or doubtful - rules.told:
-        names = ", ".join(map(repr, sorted(doubtful)))
+        names = ", ".join(repr(name) for name in sorted({name for name, _ in doubtful}))
         raise PrivacyError(
             f"{names}: its batch has {samples} samples and its input another dimension of that size; without the last "
             f"sample the model {'fails' if cause else 'leaves it out'}, so it is not known which one is the batch. It "

@@ -50,8 +50,8 @@ class Rules:
     def __init__(self, engine: DPEngine) -> None:
         self.engine = engine
         self.probing = False
-        self.told: set[str] = set()  # parameters whose inputs have been seen to have the batch in dimension 0
-        self.doubtful: set[str] = set()  # those of this forward pass of which it is not sure
+        self.told: set[tuple[str, str]] = set()  # parameters and functions that surely have the batch in dimension 0
+        self.doubtful: set[tuple[str, str]] = set()  # of this forward pass, perhaps not
         self._positions: set[str] = set()  # tables that are looked up by positions all samples share
         self._buffers: set[int] = set()
         self._buffers_of: int | None = None
@@ -122,20 +122,23 @@ class Rules:
                 )
 
     def shares_positions(self, indices: Tensor, weight: Any) -> bool:
-        """Whether indices are the same for every sample: positions `[T]` or `[1, T]`."""
+        """Whether indices are the same for every sample: positions `[T]` or `[1, T]`, their differences `[T, T]`.
+
+        If they are of samples after all, the rows derived here reach the loss as an ordinary gradient and are refused.
+        """
         samples = self.batch_size
         if samples is None or indices.dim() == 0:
             return False
         if indices.shape[0] != samples:
-            shared = indices.dim() == 1 or indices.shape[0] == 1
-            if shared:
-                self._positions.update(self._names_of([weight]))
-            return shared
-        if indices.dim() > 1 or samples < 2:
+            if samples > 1 and self._is_input(indices):
+                return False
+            self._positions.update(self._names_of([weight]))
+            return True
+        if samples < 2:
             return False
         if not self._names_of([weight]) - self._positions:
             return True  # as in batches of another size
-        if not self._is_input(indices):
+        if indices.dim() == 1 and not self._is_input(indices):
             raise PrivacyError(
                 f"{self.names([weight])}: embedding() gets {samples} indices, as many as the batch has samples, but "
                 "they are not the model's input: they may be one per sample or positions that all samples share. Pass "
@@ -147,7 +150,7 @@ class Rules:
     def _names_of(targets: Sequence[Any]) -> set[str]:
         return {base._dp_name for base in bases([x for x in targets if trains(x)])}
 
-    def tell(self, x: Tensor, *targets: Any) -> None:
+    def tell(self, x: Tensor, what: str, *targets: Any) -> None:
         """Doubt a use whose input has another dimension of the batch's size, unless one of another size was seen.
 
         Sequences `[T, B, D]` would pass for `[B, T, D]` where T = B: `probe` then tells them apart.
@@ -159,7 +162,7 @@ class Rules:
             )
         if self.batch_size > 1:
             sure = self.probing or (x.dim() > 1 and self.batch_size not in x.shape[1:])
-            (self.told if sure else self.doubtful).update(self._names_of(targets))
+            (self.told if sure else self.doubtful).update((name, what) for name in self._names_of(targets))
 
     def check_normalised(self, x: Tensor, shape: Sequence[int], what: str, *targets: Any) -> None:
         if x.dim() <= len(shape):
@@ -177,7 +180,7 @@ class Rules:
                 f"{self.names(targets)}: {what} gets an input of shape {list(x.shape)}, but {found} samples. Dimension "
                 "0 must be the batch wherever a trainable parameter is used; reshape before it, or freeze the parameter"
             )
-        self.tell(x, *targets)
+        self.tell(x, what, *targets)
 
     @staticmethod
     def names(targets: Sequence[Any]) -> str:

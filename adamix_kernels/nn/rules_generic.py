@@ -69,7 +69,7 @@ def elementwise(rules: Rules, function: Callable[..., Any], args: Sequence[Any],
         )
     if rules.batch_size not in (None, shape[0]):
         rules.check_batch(with_rows[0] if with_rows[0].dim() > 1 else with_rows[0][:, None], what, *targets)
-    rules.tell(with_rows[0], *targets)
+    rules.tell(with_rows[0], what, *targets)
     leaves = [
         x if not isinstance(x, Private) else rules.rows(x, len(shape), shape[0]) if trains(x) else plain(x)
         for x in leaves
@@ -141,7 +141,7 @@ def by_vmap(rules: Rules, function: Callable[..., Any], args: Sequence[Any], kwa
     fixed = [plain(x) if isinstance(x, Tensor) else x for x in leaves]
     places = [i for i, x in enumerate(leaves) if trains(x)]
     _check_rows(rules, function, spec, fixed, batch, out, targets)
-    rules.tell(max((leaves[i] for i in batch), key=Tensor.dim), *targets)
+    rules.tell(max((leaves[i] for i in batch), key=Tensor.dim), what, *targets)
     fixed = _placed(fixed, batch, [None] * len(batch))  # they are saved by autograd, not here
 
     def build(saved: Sequence[Tensor], g: Tensor, wanted: Sequence[bool]) -> PerSample:

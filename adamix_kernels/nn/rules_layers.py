@@ -24,21 +24,24 @@ from adamix_kernels.nn.rules_generic import by_vmap
 
 
 def unfolded(rules: Rules, x: Tensor) -> Tensor:
-    """`[B, T, I]` of rows `[B T, I]` that are a view of something whose dimension 0 is the batch."""
+    """`[B, T, I]` of rows `[B T, I]` that are a view of something whose dimension 0 is the batch.
+
+    Whatever the order of its other dimensions, sample b must lie in the b-th part of the memory; x reads it in order.
+    """
     base, samples = x._base, rules.batch_size
-    if (
-        samples is None
-        or x.dim() != 2
-        or x.shape[0] == samples
-        or base is None
-        or base.dim() < 2
-        or base.shape[0] != samples
-        or base.numel() != x.numel()
-        or x.shape[0] % max(samples, 1)
-        or not (base.is_contiguous() and x.is_contiguous())
-    ):
+    if samples is None or x.dim() != 2 or x.shape[0] == samples:
         return x
-    return x.view(samples, x.shape[0] // max(samples, 1), x.shape[1])
+    if samples == 1:
+        return x[None]
+    if base is None or base.dim() < 2 or base.shape[0] != samples or base.numel() != x.numel():
+        return x
+    if not samples or x.shape[0] % samples or not x.is_contiguous() or base.storage_offset() != x.storage_offset():
+        return x
+    size = x.numel() // samples
+    within = sum((n - 1) * step for n, step in zip(base.shape[1:], base.stride()[1:], strict=True))
+    if size and (base.stride(0) != size or within >= size):
+        return x
+    return x.view(samples, -1 if size else 0, x.shape[1])
 
 
 def linear_factors(transposed: bool, weight: bool, bias: bool) -> Any:
@@ -154,8 +157,8 @@ def embedding(
 
         return rules.derive(out, weight, pull=pull if isinstance(weight, PrivateParameter) else None)
     if input.dim() == 0 or samples not in (None, input.shape[0]):
-        rules.check_batch(input[None], "embedding()", weight)
-    rules.tell(input, weight)
+        rules.check_batch(input if input.dim() else input[None], "embedding()", weight)
+    rules.tell(input, "embedding()", weight)
     out = F.embedding(input, plain(weight), padding_idx)
 
     def build(saved: Sequence[Tensor], g: Tensor, wanted: Sequence[bool]) -> Factors:

@@ -48,7 +48,7 @@ REFUSED: list[tuple[str, nn.Module, Tensor, str]] = [
     ),
     (
         "ids of sequences first",
-        Fn(lambda m, x: m.table(x.T.contiguous()).transpose(0, 1), table=nn.Embedding(5, 3)),
+        Fn(lambda m, x: m.table(x.T).transpose(0, 1), table=nn.Embedding(5, 3)),
         torch.randint(5, (4, 4)),
         "'table.weight': its batch has 4 samples",
     ),
@@ -92,6 +92,18 @@ REFUSED: list[tuple[str, nn.Module, Tensor, str]] = [
         "may be one",
     ),
     ("assigned", Fn(assigned, lin=nn.Linear(3, 3), w=(3,)), torch.randn(4, 2, 3), "'w': it is assigned to a part of"),
+    (
+        "positions of pairs",
+        Fn(lambda m, x: x + m.bias(torch.arange(4)[None] + torch.arange(4)[:, None]).sum(1), bias=nn.Embedding(7, 3)),
+        torch.randn(4, 4, 3),
+        "'bias.weight': its batch has 4 samples",
+    ),
+    (
+        "ids in one row",
+        Fn(lambda m, x: m.table(x.clone().view(-1)).view(4, 2, 3), table=nn.Embedding(5, 3)),
+        torch.randint(5, (4, 2)),
+        "'table.weight' gets an ordinary gradient",
+    ),
     ("bag", nn.EmbeddingBag(5, 3), torch.randint(5, (4, 2)), "embedding_bag.. has no rule; use an Embedding and a sum"),
     ("no batch", Fn(lambda m, x: m.lin(x.mean(0)), lin=nn.Linear(3, 2)), torch.randn(4, 3), "an input of shape .3."),
     ("batch last", Fn(lambda m, x: m.w @ x.T, w=(2, 3)), torch.randn(4, 3), "matmul.. has no rule"),

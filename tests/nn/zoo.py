@@ -18,6 +18,7 @@ from zoo_models import (
     HFRMSNorm,
     LoRA,
     Sizes,
+    attention,
     branching,
     frozen,
     recomputed,
@@ -185,6 +186,9 @@ USES: dict[str, Entry] = {
     ),
     "distances": Entry(
         lambda: Fn(lambda m, x: torch.cdist(m.lin(x), m.centres), lin=nn.Linear(4, 3), centres=(7, 3)), (4,)
+    ),
+    "attention": Entry(
+        lambda: Fn(attention, qkv=Conv1D(12, 4), out=Conv1D(4, 4), distance=nn.Embedding(12, 2)), (5, 4)
     ),
     "control flow": Entry(
         lambda: Fn(branching, layer=nn.Linear(5, 5), one=nn.Linear(5, 3), other=nn.Linear(5, 3)), (5,)

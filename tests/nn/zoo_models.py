@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -115,3 +116,13 @@ class Conv1D(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight)
         return out.view(*x.shape[:-1], out.shape[-1])
+
+
+def attention(m: Any, x: Tensor) -> Tensor:
+    """As GPT-2 and T5: a view of heads into a Conv1D, and a bias by the distance of positions."""
+    q, k, v = (y.view(*y.shape[:-1], 2, 2).transpose(1, 2) for y in m.qkv(x).split(4, dim=2))
+    places = torch.arange(x.shape[1])
+    bias = m.distance((places[:, None] - places[None]) + x.shape[1]).permute(2, 0, 1)[None]
+    weights = (q @ k.mT + bias).softmax(-1)
+    joined = F.scaled_dot_product_attention(q, k, v).transpose(1, 2) + (weights @ v).transpose(1, 2)
+    return m.out(joined.reshape(*x.shape[:-1], 4).contiguous())
