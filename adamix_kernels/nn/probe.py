@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 def tell_apart(engine: DPEngine, module: nn.Module, args: Any, kwargs: Any) -> None:
     """Run the forward pass again without the last sample: every rule checks dimension 0 against that size.
 
-    It happens once, at the first forward pass, and only if an input of a parameter has a second dimension of the
-    batch's size: then each parameter is known, and a batch of any size may follow.
+    It happens only where an input of a parameter has a second dimension of the batch's size and no other batch has told
+    before: for most loops at the first forward pass or never.
     """
     rules, samples = engine._rules, engine.batch_size or 0
     doubtful = rules.doubtful - rules.told
@@ -42,8 +42,9 @@ def tell_apart(engine: DPEngine, module: nn.Module, args: Any, kwargs: Any) -> N
             module.forward(*args, **kwargs)
         except Exception as error:  # whatever the model makes of a wrong shape
             cause = error
-    if cause is not None or doubtful - rules.told:
-        names = ", ".join(repr(name) for name in sorted({name for name, _ in doubtful}))
+    left = doubtful if cause is not None else doubtful - rules.told
+    if left:
+        names = ", ".join(repr(name) for name in sorted({name for name, _ in left}))
         raise PrivacyError(
             f"{names}: its batch has {samples} samples and its input another dimension of that size; without the last "
             f"sample the model {'fails' if cause else 'leaves it out'}, so it is not known which one is the batch. It "
