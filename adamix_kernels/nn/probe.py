@@ -1,4 +1,4 @@
-"""Where the batch is as long as its sequences, `[T, B, D]` looks like `[B, T, D]`: one sample less tells them apart."""
+"""Where the batch is as long as its sequences, `[T, B, D]` looks like `[B, T, D]`: one sample more tells them apart."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def tell_apart(engine: DPEngine, module: nn.Module, args: Any, kwargs: Any) -> None:
-    """Run the forward pass again without the last sample: every rule checks dimension 0 against that size.
+    """Run the forward pass again with the last sample twice: every rule checks dimension 0 against that size.
 
     It happens only where an input of a parameter has a second dimension of the batch's size and no other batch has told
     before: for most loops at the first forward pass or never.
@@ -29,14 +29,14 @@ def tell_apart(engine: DPEngine, module: nn.Module, args: Any, kwargs: Any) -> N
     if not doubtful:
         return
 
-    def less(x: Any) -> Any:
+    def more(x: Any) -> Any:
         whole = not isinstance(x, Tensor) or x.dim() == 0 or x.shape[0] != samples
-        return x if whole else x.detach()[:-1].clone().requires_grad_(x.requires_grad)
+        return x if whole else torch.cat((x.detach(), x.detach()[-1:])).requires_grad_(x.requires_grad)
 
-    args, kwargs = tree_map(less, (args, dict(kwargs)))
+    args, kwargs = tree_map(more, (args, dict(kwargs)))
     cause: Exception | None = None
     with _undone(engine, module):
-        engine.batch_size = samples - 1
+        engine.batch_size = samples + 1
         engine.input_storages = {x.untyped_storage().data_ptr() for x in tensors(args, kwargs)}
         try:
             module.forward(*args, **kwargs)
@@ -46,8 +46,8 @@ def tell_apart(engine: DPEngine, module: nn.Module, args: Any, kwargs: Any) -> N
     if left:
         names = ", ".join(repr(name) for name in sorted({name for name, _ in left}))
         raise PrivacyError(
-            f"{names}: its batch has {samples} samples and its input another dimension of that size; without the last "
-            f"sample the model {'fails' if cause else 'leaves it out'}, so it is not known which one is the batch. It "
+            f"{names}: its batch has {samples} samples and its input another dimension of that size; with one sample "
+            f"more the model {'fails' if cause else 'uses it otherwise'}, so it is not known which one is the batch. It "
             "must be dimension 0 wherever a trainable parameter is used; if it is, begin with a batch of another size"
         ) from cause
 

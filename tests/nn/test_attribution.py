@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 from zoo import losses
-from zoo_models import Fn, seq
+from zoo_models import Conv1D, Fn, seq
 
 from adamix_kernels import DPEngine, PrivacyError
 
@@ -123,6 +123,18 @@ def test_parts_of_the_model_have_no_batch() -> None:
     engine(module)
     with pytest.raises(PrivacyError, match=r"'0.weight', '0.bias': used while the size of the batch is not known"):
         module[0](torch.randn(4, 3))
+
+
+@pytest.mark.parametrize("samples", [2, 5])
+def test_sequences_first_are_refused_at_every_size(samples: int) -> None:
+    module = Fn(lambda m, x: m.lin(x.transpose(0, 1).contiguous().view(-1, 3)).view(samples, -1, 4), lin=Conv1D(4, 3))
+    with pytest.raises(PrivacyError, match=r"'lin.bias', 'lin.weight': its batch has"):
+        train(module, torch.randn(samples, samples, 3))
+
+
+@pytest.mark.parametrize("samples", [2, 5])
+def test_batches_first_are_taken_at_every_size(samples: int) -> None:
+    train(seq(Conv1D(4, 3), nn.Linear(4, samples)), torch.randn(samples, samples, 3))
 
 
 @pytest.mark.parametrize("strategy", ["book_keeping", "per_layer"])
