@@ -47,7 +47,7 @@ def tell_apart(engine: DPEngine, module: nn.Module, args: Any, kwargs: Any) -> N
         names = ", ".join(repr(name) for name in sorted({name for name, _ in left}))
         raise PrivacyError(
             f"{names}: its batch has {samples} samples and its input another dimension of that size; with one sample "
-            f"more the model {'fails' if cause else 'uses it otherwise'}, so it is not known which one is the batch. It "
+            f"more the model {'fails' if cause else 'uses it otherwise'}, so it is not known which is the batch. It "
             "must be dimension 0 wherever a trainable parameter is used; if it is, begin with a batch of another size"
         ) from cause
 
