@@ -21,6 +21,7 @@ from adamix_kernels.nn.hooks import Hook
 from adamix_kernels.nn.metrics import Metrics
 from adamix_kernels.nn.parameter import PrivateParameter
 from adamix_kernels.nn.passes import Passes
+from adamix_kernels.nn.probe import tell_apart
 from adamix_kernels.nn.rules import Rules
 from adamix_kernels.nn.validate import validate
 from adamix_kernels.ops._numerics import sum_dtype
@@ -117,7 +118,7 @@ class DPEngine:
         self._watch()
         self._handles += [
             self.model.register_forward_pre_hook(Hook(self._before_forward), with_kwargs=True),
-            self.model.register_forward_hook(Hook(self._after_forward), always_call=True),
+            self.model.register_forward_hook(Hook(self._after_forward), with_kwargs=True, always_call=True),
             self.optimizer.register_step_pre_hook(Hook(self._before_step)),
             self.optimizer.register_step_post_hook(Hook(self._after_step)),
         ]
@@ -198,12 +199,14 @@ class DPEngine:
         self._watch()
         found = [x for x in tree_leaves((args, dict(kwargs))) if isinstance(x, Tensor) and x.dim() > 0]
         self.batch_size = found[0].shape[0] if found else None
-        self.input_storages = {x.untyped_storage().data_ptr() for x in found}
+        self.input_storages = {x.untyped_storage().data_ptr() for x in found if x.shape[0] == self.batch_size}
         self._forwards += 1
         self.forward_number = self._forwards
 
-    def _after_forward(self, *_: Any) -> None:
-        self.forward_number = None
+    def _after_forward(self, module: nn.Module, args: Any, kwargs: Any, outputs: Any) -> None:
+        began, self.forward_number = self.forward_number, None
+        if began is not None and outputs is not None:
+            tell_apart(self, module, args, kwargs)
 
     def backward(self, loss: Tensor) -> None:
         """`loss.backward()`, twice where the strategy is "two_pass": for the norms, then for the clipped sums."""

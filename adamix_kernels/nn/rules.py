@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adamix_kernels.nn.errors import PrivacyError
 from adamix_kernels.nn.factors import PerSample
-from adamix_kernels.nn.parameter import Private, derive, names, tensors
+from adamix_kernels.nn.parameter import Private, bases, derive, names, tensors
 from adamix_kernels.nn.tap import Build, rows, tap
 
 if TYPE_CHECKING:
@@ -31,6 +31,10 @@ def rule(*functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
     return attach
 
 
+def name_of(function: Callable[..., Any]) -> str:
+    return f"{getattr(function, '__name__', str(function))}()"
+
+
 def trains(x: Any) -> bool:
     return isinstance(x, Private) and x.requires_grad
 
@@ -45,6 +49,12 @@ class Rules:
 
     def __init__(self, engine: DPEngine) -> None:
         self.engine = engine
+        self.probing = False
+        self.told: set[tuple[str, str]] = set()  # parameters and functions that surely have the batch in dimension 0
+        self.doubtful: set[tuple[str, str]] = set()  # of this forward pass, perhaps not
+        self._positions: set[str] = set()  # tables that are looked up by positions all samples share
+        self._buffers: set[int] = set()
+        self._buffers_of: int | None = None
 
     def use(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         found = list(tensors(args, kwargs))
@@ -63,8 +73,15 @@ class Rules:
 
         if func in TEMPLATES and not isinstance(args[0], Private):
             return func(*args, **kwargs)  # a parameter only tells a type or a shape
-        if any(self.is_batch(x) and x.is_floating_point() for x in found):
+        rows = [x for x in found if self.is_batch(x) and x.is_floating_point()]
+        if any(x.requires_grad or self._is_input(x) for x in rows):
             return by_vmap(self, func, args, kwargs)
+        if rows:
+            try:
+                return by_vmap(self, func, args, kwargs)
+            except PrivacyError:  # no samples, but as large by chance; if they are, an ordinary gradient will tell
+                pass
+        self.check_no_samples(found, name_of(func))
         return self.derive(func(*args, **kwargs), found)
 
     @property
@@ -80,23 +97,79 @@ class Rules:
             isinstance(x, Tensor)
             and not isinstance(x, Private)
             and x.dim() > 0
-            and (x.requires_grad or self.batch_size in (None, x.shape[0]))
+            and (x.requires_grad or (self.batch_size in (None, x.shape[0]) and not self._is_buffer(x)))
         )
 
+    def _is_buffer(self, x: Tensor) -> bool:
+        """Whether a tensor is the model's own: no samples, even if it is as large as a batch."""
+        if self._buffers_of != self.engine._forwards:
+            self._buffers_of = self.engine._forwards
+            self._buffers = {b.untyped_storage().data_ptr() for b in self.engine.model.buffers() if b.numel()}
+        return x.untyped_storage().data_ptr() in self._buffers
+
+    def _is_input(self, x: Tensor) -> bool:
+        return x.untyped_storage().data_ptr() in self.engine.input_storages
+
+    def check_no_samples(self, found: Sequence[Tensor], what: str) -> None:
+        """What is derived of parameters may not hold samples: their rows could not be told apart any more."""
+        for x in found:
+            if isinstance(x, Private) or x.dim() == 0 or self.batch_size == 1:
+                continue
+            if self._is_input(x):
+                raise PrivacyError(
+                    f"{self.names(found)}: {what} joins it with an input {list(x.shape)} of the model, but not row by "
+                    "row; look rows up by embedding(), or give the parameter a dimension of size 1 for the samples"
+                )
+
     def shares_positions(self, indices: Tensor, weight: Any) -> bool:
-        """Whether indices are the same for every sample: positions `[T]` or `[1, T]`."""
+        """Whether indices are the same for every sample: positions `[T]` or `[1, T]`, their differences `[T, T]`.
+
+        If they are of samples after all, the rows derived here reach the loss as an ordinary gradient and are refused.
+        """
         samples = self.batch_size
         if samples is None or indices.dim() == 0:
             return False
         if indices.shape[0] != samples:
-            return indices.dim() == 1 or indices.shape[0] == 1
-        if indices.dim() == 1 and indices.untyped_storage().data_ptr() not in self.engine.input_storages:
+            if samples > 1 and self._is_input(indices):
+                return False
+            self._positions.update(self._names_of([weight]))
+            return True
+        if samples < 2:
+            return False
+        if not self._names_of([weight]) - self._positions:
+            return True  # as in batches of another size
+        if indices.dim() == 1 and not self._is_input(indices):
             raise PrivacyError(
                 f"{self.names([weight])}: embedding() gets {samples} indices, as many as the batch has samples, but "
                 "they are not the model's input: they may be one per sample or positions that all samples share. Pass "
                 "[B, 1] for the first or [1, T] for the second"
             )
         return False
+
+    @staticmethod
+    def _names_of(targets: Sequence[Any]) -> set[str]:
+        return {base._dp_name for base in bases([x for x in targets if trains(x)])}
+
+    def tell(self, x: Tensor, what: str, *targets: Any) -> None:
+        """Doubt a use whose input has another dimension of the batch's size, unless one of another size was seen.
+
+        Sequences `[T, B, D]` would pass for `[B, T, D]` where T = B: `probe` then tells them apart.
+        """
+        if self.batch_size is None:
+            raise PrivacyError(
+                f"{self.names(targets)}: used while the size of the batch is not known; call the model itself, not one "
+                "of its methods or parts, with tensors as arguments or in lists and dicts"
+            )
+        if self.batch_size > 1:
+            sure = self.probing or (x.dim() > 1 and self.batch_size not in x.shape[1:])
+            (self.told if sure else self.doubtful).update((name, what) for name in self._names_of(targets))
+
+    def check_normalised(self, x: Tensor, shape: Sequence[int], what: str, *targets: Any) -> None:
+        if x.dim() <= len(shape):
+            raise PrivacyError(
+                f"{self.names(targets)}: {what} normalises {list(x.shape)} over dimension 0, the samples"
+            )
+        self.check_batch(x, what, *targets)
 
     def check_batch(self, x: Tensor, what: str, *targets: Any) -> None:
         if x.dim() < 2 or self.batch_size not in (None, x.shape[0]):
@@ -107,6 +180,7 @@ class Rules:
                 f"{self.names(targets)}: {what} gets an input of shape {list(x.shape)}, but {found} samples. Dimension "
                 "0 must be the batch wherever a trainable parameter is used; reshape before it, or freeze the parameter"
             )
+        self.tell(x, what, *targets)
 
     @staticmethod
     def names(targets: Sequence[Any]) -> str:
@@ -116,7 +190,8 @@ class Rules:
     def cast(x: Tensor) -> Tensor:
         """As autocast would: what is saved then is what is multiplied."""
         kind = x.device.type
-        return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) and x.is_floating_point() else x
+        cast = torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64
+        return x.to(torch.get_autocast_dtype(kind)) if cast else x
 
     def tap(self, out: Tensor, build: Build, saved: Sequence[Tensor], *targets: Any) -> Tensor:
         return tap(self.engine, out, build, saved, [x for x in targets if trains(x)])

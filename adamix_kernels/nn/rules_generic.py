@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from adamix_kernels.nn.errors import PrivacyError
 from adamix_kernels.nn.factors import PerSample, per_sample
 from adamix_kernels.nn.parameter import Private
-from adamix_kernels.nn.rules import Rules, plain, rule, trains
+from adamix_kernels.nn.parameter import tensors as found_in
+from adamix_kernels.nn.rules import Rules, name_of, plain, rule, trains
 
 #: Functions whose first argument is converted to the likeness of the second.
 TEMPLATES = {Tensor.to, Tensor.type_as, Tensor.view_as, Tensor.reshape_as, Tensor.expand_as}
@@ -23,6 +24,7 @@ _LIMIT = 1 << 26
 
 _ARITHMETIC = "add sub mul div true_divide subtract multiply divide maximum minimum pow".split()
 _SPECIAL = "add radd iadd sub rsub isub mul rmul imul truediv rtruediv itruediv pow rpow".split()
+_IN_PLACE = {f"__{name}__" for name in _SPECIAL if name.startswith("i")}
 ELEMENTWISE = [
     *(getattr(owner, name) for owner in (torch, Tensor) for name in _ARITHMETIC),
     *(getattr(Tensor, f"{name}_") for name in ("add", "sub", "mul", "div")),
@@ -42,28 +44,32 @@ def _elementwise(function: Callable[..., Any]) -> None:
 
 def elementwise(rules: Rules, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Parameters that are broadcast against samples: each gets a row per sample."""
+    what = name_of(function)
     leaves, spec = tree_flatten((args, kwargs))
     given = [x for x in leaves if isinstance(x, Tensor)]
     shape = torch.broadcast_shapes(*(x.shape for x in given))
     others = [x for x in given if not isinstance(x, Private)]
     with_rows = [x for x in others if x.dim() == len(shape) and x.shape[:1] == shape[:1]]
     targets = [x for x in given if isinstance(x, Private)]
+    if _in_place(function) and isinstance(args[0], Private):
+        raise PrivacyError(f"{rules.names(targets)}: {what} changes it in place")
     covers = [x for x in targets if x.dim() == len(shape) and x.shape[0] != 1 and x.stride(0) != 0]
     if not any(rules.is_batch(x) for x in with_rows) or (covers and not any(x.requires_grad for x in others)):
         if any(x.requires_grad for x in others):
             raise PrivacyError(
-                f"{rules.names(targets)}: {_name(function)} joins it with {_shapes(others)}, which depends on private "
+                f"{rules.names(targets)}: {what} joins it with {_shapes(others)}, which depends on private "
                 "samples but has no dimension for them. A penalty on parameters belongs into the optimizer "
                 "(weight_decay), or within public()"
             )
+        rules.check_no_samples(given, what)
         return rules.derive(function(*args, **kwargs), *targets)
     if covers:
         raise PrivacyError(
-            f"{rules.names(covers)}: {_name(function)} meets samples along its own dimension 0; give it a dimension of "
-            "size 1 there"
+            f"{rules.names(covers)}: {what} meets samples along its own dimension 0; give it one of size 1 there"
         )
     if rules.batch_size not in (None, shape[0]):
-        rules.check_batch(with_rows[0] if with_rows[0].dim() > 1 else with_rows[0][:, None], _name(function), *targets)
+        rules.check_batch(with_rows[0] if with_rows[0].dim() > 1 else with_rows[0][:, None], what, *targets)
+    rules.tell(with_rows[0], what, *targets)
     leaves = [
         x if not isinstance(x, Private) else rules.rows(x, len(shape), shape[0]) if trains(x) else plain(x)
         for x in leaves
@@ -81,6 +87,7 @@ def cat(rules: Rules, tensors: Sequence[Any], dim: int = 0, **kwargs: Any) -> An
     dim = kwargs.get("axis", dim)
     others = [x for x in tensors if not isinstance(x, Private)]
     if not any(rules.is_batch(x) for x in others):
+        rules.check_no_samples(tensors, "cat()")
         return rules.derive(torch.cat(list(tensors), dim), list(tensors))
     samples, dims = others[0].shape[0], others[0].dim()
     rules.check_batch(others[0], "cat()", *tensors)
@@ -106,20 +113,21 @@ def repeat(rules: Rules, input: Any, *sizes: Any) -> Any:
     return rules.derive(once.expand(sizes[0], *once.shape[1:]), input)
 
 
-def _name(function: Callable[..., Any]) -> str:
-    return f"{getattr(function, '__name__', str(function))}()"
-
-
 def _shapes(values: Sequence[Tensor]) -> str:
     return ", ".join(f"a tensor {list(x.shape)}" for x in values)
 
 
 def by_vmap(rules: Rules, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Per-sample gradients of a function of a batch, one call for each sample under `torch.func.vmap`."""
+    what = name_of(function)
+    if _in_place(function):
+        raise PrivacyError(
+            f"{rules.names(list(found_in(args, kwargs)))}: {what} works in place and has no rule; use another"
+        )
     leaves, spec = tree_flatten((list(args), dict(kwargs)))
+    out = _call(function, spec, [plain(x) for x in leaves])
+    leaves = [_of_one(rules, x) for x in leaves]
     targets = [x for x in leaves if trains(x)]
-    what = _name(function)
-    out = function(*args, **kwargs) if not targets else _call(function, spec, [plain(x) for x in leaves])
     if not any(isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex()) for x in tree_leaves(out)):
         return out  # equal(), comparisons: nothing of it has a gradient
     others = [x for x in leaves if isinstance(x, Tensor) and not isinstance(x, Private)]
@@ -129,18 +137,20 @@ def by_vmap(rules: Rules, function: Callable[..., Any], args: Sequence[Any], kwa
             "use a function or module that has one, or freeze the parameter"
         )
     samples = out.shape[0]
-    batch = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and not isinstance(x, Private)]
-    batch = [i for i in batch if leaves[i].dim() > 0 and leaves[i].shape[0] == samples]
+    batch = [i for i, x in enumerate(leaves) if rules.is_batch(x) and x.shape[0] == samples]
     if any(x.requires_grad and x.shape[:1] != (samples,) for x in others) or not batch:
         raise PrivacyError(f"{rules.names(targets)}: {what} has no rule, and not every input has a row for each sample")
     fixed = [plain(x) if isinstance(x, Tensor) else x for x in leaves]
     places = [i for i, x in enumerate(leaves) if trains(x)]
     _check_rows(rules, function, spec, fixed, batch, out, targets)
+    rules.tell(max((leaves[i] for i in batch), key=Tensor.dim), what, *targets)
     fixed = _placed(fixed, batch, [None] * len(batch))  # they are saved by autograd, not here
 
     def build(saved: Sequence[Tensor], g: Tensor, wanted: Sequence[bool]) -> PerSample:
         slots = [place for place, want in zip(places, wanted, strict=True) if want]
         weights = [fixed[slot] for slot in slots]
+        if not len(g):
+            return PerSample([g.new_zeros(0, *weight.shape) for weight in weights])
 
         def of_one(g: Tensor, *samples: Tensor) -> Any:
             def run(*inputs: Tensor) -> Tensor:
@@ -150,14 +160,21 @@ def by_vmap(rules: Rules, function: Callable[..., Any], args: Sequence[Any], kwa
             return torch.func.vjp(run, *weights)[1](g[None])
 
         size = max(1, _LIMIT // max(1, sum(math.prod(w.shape) for w in weights)))
-        parts = [
-            per_sample(of_one, g[i : i + size], *(x[i : i + size] for x in saved))
-            for i in range(0, max(len(g), 1), size)
-        ]
+        parts = [per_sample(of_one, g[i : i + size], *(x[i : i + size] for x in saved)) for i in range(0, len(g), size)]
         return PerSample([torch.cat(grads) for grads in zip(*parts, strict=True)])
 
     # what the function returned may be a view, or saved for its own backward
     return rules.tap(out.clone(), build, [leaves[i] for i in batch], *targets)
+
+
+def _in_place(function: Callable[..., Any]) -> bool:
+    name = getattr(function, "__name__", "")
+    return (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE
+
+
+def _of_one(rules: Rules, x: Any) -> Any:
+    """A target that was expanded to a row for each sample as one row."""
+    return rules.derive(x[:1], x) if trains(x) and x.dim() and x.shape[0] > 1 and x.stride(0) == 0 else x
 
 
 def _placed(values: Sequence[Any], places: Sequence[int], others: Sequence[Any]) -> list[Any]:
@@ -181,18 +198,25 @@ def _check_rows(
     out: Tensor,
     targets: Sequence[Tensor],
 ) -> None:
-    """A sample alone must give its row: what is mixed, or is no batch but as large as one, is seen here."""
+    """The first and last sample alone must give their rows: what mixes samples, or has no batch, is seen here."""
     if not out.shape[0]:
         return
-    with torch.no_grad():
-        try:
-            alone = _call(function, spec, _placed(leaves, batch, [leaves[i][:1] for i in batch]))
-            scale = float(out.detach()[:1].abs().max()) if out[:1].numel() else 0.0
-            same = alone.shape == out[:1].shape and torch.allclose(alone, out[:1], rtol=1e-2, atol=1e-2 * scale)
-        except RuntimeError:
-            same = False
-    if not same:
+    tolerance = 1e-6 if out.dtype == torch.float64 else 1e-2
+
+    def same(b: slice) -> bool:
+        among, alone = out[b], _call(function, spec, _placed(leaves, batch, [leaves[i][b] for i in batch]))
+        scale = float(among.nan_to_num(0, 0, 0).abs().max()) if among.numel() else 0.0
+        return alone.shape == among.shape and torch.allclose(
+            alone, among, rtol=tolerance, atol=tolerance * scale, equal_nan=True
+        )
+
+    try:
+        with torch.no_grad():
+            alike = same(slice(0, 1)) and same(slice(len(out) - 1, len(out)))
+    except RuntimeError:
+        alike = False
+    if not alike:
         raise PrivacyError(
-            f"{rules.names(targets)}: {_name(function)} has no rule, and gives a sample alone another result than "
+            f"{rules.names(targets)}: {name_of(function)} has no rule, and gives a sample alone another result than "
             "among others; it mixes samples or dimension 0 is not the batch"
         )

@@ -24,20 +24,24 @@ from adamix_kernels.nn.rules_generic import by_vmap
 
 
 def unfolded(rules: Rules, x: Tensor) -> Tensor:
-    """`[B, T, I]` of rows `[B T, I]` that are a view of something whose dimension 0 is the batch."""
+    """`[B, T, I]` of rows `[B T, I]` that are a view of something whose dimension 0 is the batch.
+
+    Whatever the order of its other dimensions, sample b must lie in the b-th part of the memory; x reads it in order.
+    """
     base, samples = x._base, rules.batch_size
-    if (
-        samples is None
-        or x.dim() != 2
-        or x.shape[0] == samples
-        or base is None
-        or base.dim() < 2
-        or base.shape[0] != samples
-        or base.numel() != x.numel()
-        or not (base.is_contiguous() and x.is_contiguous())
-    ):
+    if samples is None or x.dim() != 2 or x.shape[0] == samples:
         return x
-    return x.view(samples, x.shape[0] // max(samples, 1), x.shape[1])
+    if samples == 1:
+        return x[None]
+    if base is None or base.dim() < 2 or base.shape[0] != samples or base.numel() != x.numel():
+        return x
+    if not samples or x.shape[0] % samples or not x.is_contiguous() or base.storage_offset() != x.storage_offset():
+        return x
+    size = x.numel() // samples
+    within = sum((n - 1) * step for n, step in zip(base.shape[1:], base.stride()[1:], strict=True))
+    if size and (base.stride(0) != size or within >= size):
+        return x
+    return x.view(samples, -1 if size else 0, x.shape[1])
 
 
 def linear_factors(transposed: bool, weight: bool, bias: bool) -> Any:
@@ -149,15 +153,17 @@ def embedding(
 
         def pull(grads: Tensor) -> Any:
             ids = input.expand(grads.shape[0], *input.shape[input.shape[0] == 1 and input.dim() > 1 :])
-            return (weight,), EmbeddingFactors(ids, grads.reshape(*ids.shape, -1), entries, padding_idx)
+            return (weight,), EmbeddingFactors(ids, grads.reshape(*ids.shape, weight.shape[1]), entries, padding_idx)
 
         return rules.derive(out, weight, pull=pull if isinstance(weight, PrivateParameter) else None)
     if input.dim() == 0 or samples not in (None, input.shape[0]):
-        rules.check_batch(input[None], "embedding()", weight)
+        rules.check_batch(input if input.dim() else input[None], "embedding()", weight)
+    rules.tell(input, "embedding()", weight)
     out = F.embedding(input, plain(weight), padding_idx)
 
     def build(saved: Sequence[Tensor], g: Tensor, wanted: Sequence[bool]) -> Factors:
-        return EmbeddingFactors(saved[0], g, entries, padding_idx)
+        ids = saved[0]
+        return EmbeddingFactors(*((ids, g) if ids.dim() > 1 else (ids[:, None], g[:, None])), entries, padding_idx)
 
     return rules.tap(out, build, [input], weight)
 
@@ -192,7 +198,7 @@ def layer_norm(
     shape = tuple(normalized_shape)
     if isinstance(input, Private):
         return rules.derive(F.layer_norm(input, shape, weight, bias, eps), input, weight, bias)
-    rules.check_batch(input, "layer_norm()", weight, bias)
+    rules.check_normalised(input, shape, "layer_norm()", weight, bias)
     out = F.layer_norm(input, shape, plain(weight), plain(bias), eps)
     return _affine(rules, out, input, weight, bias, len(shape), lambda x: F.layer_norm(x, shape, eps=eps))
 
@@ -202,7 +208,7 @@ def rms_norm(rules: Rules, input: Any, normalized_shape: Any, weight: Any = None
     shape = tuple(normalized_shape)
     if isinstance(input, Private):
         return rules.derive(F.rms_norm(input, shape, weight, eps), input, weight)
-    rules.check_batch(input, "rms_norm()", weight)
+    rules.check_normalised(input, shape, "rms_norm()", weight)
     out = F.rms_norm(input, shape, plain(weight), eps)
     least = torch.finfo(input.dtype).eps if eps is None else eps
     return _affine(rules, out, input, weight, None, len(shape), lambda x: F.rms_norm(x, shape, eps=least))
@@ -237,8 +243,13 @@ def instance_norm(
             "noise; pass track_running_stats=False"
         )
     rules.check_batch(input, "instance_norm()", weight, bias)
-    out = F.instance_norm(input, None, None, plain(weight), plain(bias), True, momentum, eps)
-    return _affine(rules, out, input, weight, bias, None, lambda x: F.instance_norm(x, eps=eps))
+
+    def normalise(x: Tensor, weight: Any = None, bias: Any = None) -> Tensor:
+        if not len(x):  # on which torch.instance_norm fails
+            return F.group_norm(x, x.shape[1], weight, bias, eps)
+        return F.instance_norm(x, None, None, weight, bias, True, momentum, eps)
+
+    return _affine(rules, normalise(input, plain(weight), plain(bias)), input, weight, bias, None, normalise)
 
 
 @rule(F.batch_norm)
@@ -267,4 +278,5 @@ def batch_norm(
     return _affine(rules, out, input, weight, bias, None, normalise)
 
 
+rule(Tensor.__setitem__)(refuse("it is assigned to a part of a tensor", "join them by cat() or where()"))
 rule(F.embedding_bag)(refuse("embedding_bag() has no rule", "use an Embedding and a sum over its positions"))

@@ -1,0 +1,73 @@
+"""Where the batch is as long as its sequences, `[T, B, D]` looks like `[B, T, D]`: one sample more tells them apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from adamix_kernels.nn.errors import PrivacyError
+from adamix_kernels.nn.parameter import tensors
+
+if TYPE_CHECKING:
+    from adamix_kernels.nn.engine import DPEngine
+
+
+def tell_apart(engine: DPEngine, module: nn.Module, args: Any, kwargs: Any) -> None:
+    """Run the forward pass again with the last sample twice: every rule checks dimension 0 against that size.
+
+    It happens only where an input of a parameter has a second dimension of the batch's size and no other batch has told
+    before: for most loops at the first forward pass or never.
+    """
+    rules, samples = engine._rules, engine.batch_size or 0
+    doubtful = rules.doubtful - rules.told
+    rules.doubtful = set()
+    if not doubtful:
+        return
+
+    def more(x: Any) -> Any:
+        whole = not isinstance(x, Tensor) or x.dim() == 0 or x.shape[0] != samples
+        return x if whole else torch.cat((x.detach(), x.detach()[-1:])).requires_grad_(x.requires_grad)
+
+    args, kwargs = tree_map(more, (args, dict(kwargs)))
+    cause: Exception | None = None
+    with _undone(engine, module):
+        engine.batch_size = samples + 1
+        engine.input_storages = {x.untyped_storage().data_ptr() for x in tensors(args, kwargs)}
+        try:
+            module.forward(*args, **kwargs)
+        except Exception as error:  # whatever the model makes of a wrong shape
+            cause = error
+    left = doubtful if cause is not None else doubtful - rules.told
+    if left:
+        names = ", ".join(repr(name) for name in sorted({name for name, _ in left}))
+        raise PrivacyError(
+            f"{names}: its batch has {samples} samples and its input another dimension of that size; with one sample "
+            f"more the model {'fails' if cause else 'uses it otherwise'}, so it is not known which is the batch. It "
+            "must be dimension 0 wherever a trainable parameter is used; if it is, begin with a batch of another size"
+        ) from cause
+
+
+@contextmanager
+def _undone(engine: DPEngine, module: nn.Module) -> Iterator[None]:
+    """A forward pass that leaves nothing behind: no expected gradients, buffers and random numbers as before."""
+    rules, passes = engine._rules, engine._passes
+    size, storages = engine.batch_size, engine.input_storages
+    expected = dict(passes._expected)
+    buffers = [(b, b._version, b.clone()) for b in module.buffers()]
+    devices = {p.device.index for p in module.parameters() if p.device.type == "cuda"}
+    rules.probing = True
+    try:
+        with torch.random.fork_rng([d for d in devices if d is not None]):
+            yield
+    finally:
+        engine.batch_size, engine.input_storages, rules.probing = size, storages, False
+        passes._expected = expected
+        with torch.no_grad():
+            for buffer, version, value in buffers:
+                if buffer._version != version:
+                    buffer.copy_(value)
