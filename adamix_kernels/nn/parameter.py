@@ -94,7 +94,7 @@ def bases(values: Sequence[Tensor]) -> tuple[PrivateParameter, ...]:
 
 def derive(out: Any, engine: DPEngine, parents: Sequence[Tensor], pull: Pull | None = None) -> Any:
     """What a function made of private tensors alone, marked as such where it has a history."""
-    if isinstance(out, list | tuple):
+    if isinstance(out, list | tuple) and not isinstance(out, torch.Size):
         marked = [derive(x, engine, parents) for x in out]
         return type(out)(marked) if type(out) in (list, tuple) else type(out)(*marked)
     if not isinstance(out, Tensor) or isinstance(out, Private) or not out.requires_grad:
