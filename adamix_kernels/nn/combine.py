@@ -22,7 +22,7 @@ def combine(records: Sequence[Record]) -> list[Record]:
     for record in records:
         ids = {id(p) for p in record[0]}
         joined = [part for part in parts if any(ids & {id(p) for p in ps} for ps, _ in part)]
-        parts = [part for part in parts if part not in joined]
+        parts = [part for part in parts if not any(part is other for other in joined)]
         parts.append([*(record for part in joined for record in part), record])
     return [part[0] if len(part) == 1 else _join(part) for part in parts]
 

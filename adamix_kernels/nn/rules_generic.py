@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from adamix_kernels.nn.errors import PrivacyError
 from adamix_kernels.nn.factors import PerSample, per_sample
-from adamix_kernels.nn.parameter import Private, tensors
+from adamix_kernels.nn.parameter import Private
 from adamix_kernels.nn.rules import Rules, plain, rule, trains
 
 #: Functions whose first argument is converted to the likeness of the second.
@@ -120,8 +120,8 @@ def by_vmap(rules: Rules, function: Callable[..., Any], args: Sequence[Any], kwa
     targets = [x for x in leaves if trains(x)]
     what = _name(function)
     out = function(*args, **kwargs) if not targets else _call(function, spec, [plain(x) for x in leaves])
-    if not any(x.is_floating_point() or x.is_complex() for x in tensors(out)):
-        return out  # a comparison: it has no gradient
+    if not any(isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex()) for x in tree_leaves(out)):
+        return out  # equal(), comparisons: nothing of it has a gradient
     others = [x for x in leaves if isinstance(x, Tensor) and not isinstance(x, Private)]
     if not isinstance(out, Tensor) or out.dim() == 0 or rules.batch_size not in (None, out.shape[0]):
         raise PrivacyError(

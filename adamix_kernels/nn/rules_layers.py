@@ -34,10 +34,19 @@ def unfolded(rules: Rules, x: Tensor) -> Tensor:
         or base.dim() < 2
         or base.shape[0] != samples
         or base.numel() != x.numel()
-        or not (base.is_contiguous() and x.is_contiguous())
+        or not (x.is_contiguous() and _one_by_one(base))
+        or x.storage_offset() != base.storage_offset()
     ):
         return x
     return x.view(samples, x.shape[0] // max(samples, 1), x.shape[1])
+
+
+def _one_by_one(base: Tensor) -> bool:
+    """Whether memory holds one sample after the other, whatever the order within one: attention gives `[B, H, T, D]`
+    with T before H."""
+    length = 1 + sum((n - 1) * stride for n, stride in zip(base.shape[1:], base.stride()[1:], strict=True))
+    dense = base.numel() == base.shape[0] * length and (base.shape[0] == 1 or base.stride(0) == length)
+    return dense or base.numel() == 0
 
 
 def linear_factors(transposed: bool, weight: bool, bias: bool) -> Any:
