@@ -362,6 +362,33 @@ def test_refusals(settings, error, message):
         private(PrivacyEngine, **settings)
 
 
+def test_distributed_modules_are_refused():
+    class Distributed(opacus.distributed.DifferentiallyPrivateDistributedDataParallel):
+        __init__ = nn.Module.__init__
+
+    _, optimizer, loader = parts()
+    with pytest.raises(NotImplementedError, match="module: is distributed"):
+        PrivacyEngine().make_private(
+            module=Distributed(),
+            optimizer=optimizer,
+            data_loader=loader,
+            noise_multiplier=1.0,
+            max_grad_norm=1.0,
+        )
+
+
+def test_modules_that_opacus_has_wrapped_are_refused():
+    model, optimizer, loader = parts()
+    with pytest.raises(NotImplementedError, match="module: is wrapped by Opacus; pass the plain module"):
+        PrivacyEngine().make_private(
+            module=opacus.GradSampleModule(model),
+            optimizer=optimizer,
+            data_loader=loader,
+            noise_multiplier=1.0,
+            max_grad_norm=1.0,
+        )
+
+
 def test_thresholds_must_fit():
     model, optimizer, loader = parts()
     for limit, message in ((1.0, "is one number with clipping='per_layer'"), ([1.0], "has 1 numbers for 8 trainable")):
