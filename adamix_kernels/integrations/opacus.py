@@ -22,10 +22,10 @@ schedulers, with modules wrapped and not, frozen, tied and custom layers,
     privacy_engine_poisson_accumulation, privacy_engine_zero_grad, batch_splitter_zero_grad, basic and empty_batch of
     the BatchMemoryManager, all of poisson, dpdataloader and schedulers; noise_level too, but without a seed its bound
     of 15 % is missed in every fifth run for the 160 weights of the custom layers;
-  pass if noise follows torch.manual_seed: deterministic_run, equivalent_to_one_batch, global_seed;
+  pass if noise follows torch.manual_seed: deterministic_run, equivalent_to_one_batch;
   pass if `p.summed_grad` is filled in: flat_clipping, per_layer_clipping;
-  cannot: sample_grad_aggregation and privacy_engine_no_poisson_accumulation, which read per-sample gradients; classes
-    with batch_first=False; those of privacy_engine_validation that expect a module not to be supported.
+  cannot: sample_grad_aggregation and privacy_engine_no_poisson_accumulation, which read per-sample gradients;
+    global_seed, which seeds after make_private; classes with batch_first=False; those of privacy_engine_validation that expect a module not to be supported.
 """
 
 from __future__ import annotations
