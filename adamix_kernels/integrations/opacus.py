@@ -25,7 +25,8 @@ schedulers, with modules wrapped and not, frozen, tied and custom layers,
   pass if noise follows torch.manual_seed: deterministic_run, equivalent_to_one_batch;
   pass if `p.summed_grad` is filled in: flat_clipping, per_layer_clipping;
   cannot: sample_grad_aggregation and privacy_engine_no_poisson_accumulation, which read per-sample gradients;
-    global_seed, which seeds after make_private; classes with batch_first=False; those of privacy_engine_validation that expect a module not to be supported.
+    global_seed, which seeds after make_private; classes with batch_first=False; those of
+    privacy_engine_validation that expect a module not to be supported.
 """
 
 from __future__ import annotations
