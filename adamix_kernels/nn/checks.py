@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -55,8 +55,13 @@ def check_labels(kwargs: Mapping[str, Any]) -> None:
         )
 
 
-def check_modules(model: nn.Module) -> None:
-    for name, module in model.named_modules():
+def mixing(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Modules that may carry something of a sample to another, by name."""
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, _BatchNorm | _InstanceNorm)]
+
+
+def check_modules(modules: Sequence[tuple[str, nn.Module]]) -> None:
+    for name, module in modules:
         where = f"module {name!r} ({type(module).__name__})"
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
             raise PrivacyError(
@@ -71,10 +76,9 @@ def check_modules(model: nn.Module) -> None:
 
 def check_parameters(model: nn.Module, optimizer: Any, owned: set[int] | None = None) -> None:
     """Each trainable parameter is stepped, and is still the one that the engine found, and nothing else is stepped."""
-    names = {id(p): name for name, p in model.named_parameters()}
+    found = {id(p): (name, p) for name, p in model.named_parameters()}
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for key, name in names.items():
-        parameter = model.get_parameter(name)
+    for key, (name, parameter) in found.items():
         if parameter.requires_grad and key not in stepped:
             raise PrivacyError(
                 f"parameter {name!r} is trainable but not in the optimizer: its gradient would be private and without "
@@ -85,8 +89,8 @@ def check_parameters(model: nn.Module, optimizer: Any, owned: set[int] | None = 
                 f"parameter {name!r} was replaced or added after the DPEngine was made, which does not see its "
                 "gradient; call detach() and make a new engine"
             )
-    if stepped - set(names):
-        count = len(stepped - set(names))
+    if stepped - set(found):
+        count = len(stepped - set(found))
         raise PrivacyError(
             f"optimizer: {count} of its parameters are not the model's; make the engine of the model that holds all of "
             "them, and the optimizer of model.parameters()"

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from adamix_kernels.nn import attention as _attention  # noqa: F401  attaches rules
 from adamix_kernels.nn import recurrent as _recurrent  # noqa: F401
 from adamix_kernels.nn import rules_layers as _rules_layers  # noqa: F401
-from adamix_kernels.nn.checks import check_free, check_labels, check_modules, check_parameters, check_settings
+from adamix_kernels.nn.checks import check_free, check_labels, check_modules, check_parameters, check_settings, mixing
 from adamix_kernels.nn.clipping import Threshold, checked, factors, larger
 from adamix_kernels.nn.errors import PrivacyError
 from adamix_kernels.nn.hooks import Hook
@@ -79,7 +79,8 @@ class DPEngine:
     ) -> None:
         check_settings(strategy, clipping, loss_reduction, noise_multiplier, expected_batch_size, loss_scale)
         check_free(model)
-        check_modules(model)
+        self._mixing = mixing(model)
+        check_modules(self._mixing)
         check_parameters(model, optimizer)
         self.model, self.optimizer = model, optimizer
         self.noise_multiplier, self.expected_batch_size = float(noise_multiplier), float(expected_batch_size)
@@ -89,6 +90,7 @@ class DPEngine:
         self.noise = Noise() if noise is None else noise
         self.steps = 0
         self.layers = {name: name.rpartition(".")[0] for name, _ in model.named_parameters()}
+        self._sum_dtype = sum_dtype(*model.parameters())
         self._owned: list[tuple[str, PrivateParameter]] = []
         self.max_grad_norm = max_grad_norm
         self._threshold = self._threshold_now()
@@ -98,7 +100,8 @@ class DPEngine:
         self._forwards = 0
         self._public = 0
         self._pulls = 0
-        self._sums: dict[str, Tensor] = {}  # of whole backward passes since the last step
+        self._sums: dict[str, Tensor] = {}  # of whole backward passes since the last step, over ..
+        self._divisor = self.expected_batch_size  # .. what it was when the first began
         self._staged: dict[str, Tensor] = {}  # of the one that runs now: if it fails they are dropped
         self._limits: list[float | Tensor] = []  # the threshold of each backward pass since the last step
         self._norm_sq: list[Tensor] = []
@@ -146,11 +149,12 @@ class DPEngine:
 
     def _watch(self) -> None:
         """An ordinary gradient that reaches a private parameter came by a way without a rule."""
-        for name, parameter in self._owned:
-            parameter.__class__ = PrivateParameter  # where a step failed it is not
-            if parameter.requires_grad and not parameter._dp_guarded:
-                self._handles.append(parameter.register_hook(Hook(functools.partial(self._refuse, name))))
-                parameter._dp_guarded = True
+        with torch._C.DisableTorchFunctionSubclass():
+            for name, parameter in self._owned:
+                parameter.__class__ = PrivateParameter  # where a step failed it is not
+                if parameter.requires_grad and not parameter._dp_guarded:
+                    self._handles.append(parameter.register_hook(Hook(functools.partial(self._refuse, name))))
+                    parameter._dp_guarded = True
 
     def _refuse(self, name: str, grad: Tensor | None) -> None:
         if grad is not None and not (self._public or self._pulls):
@@ -193,7 +197,7 @@ class DPEngine:
     def _before_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if not torch.is_grad_enabled() or self.is_public:
             return
-        check_modules(self.model)
+        check_modules(self._mixing)
         if self.loss_reduction == "mean":
             check_labels(kwargs)
         self._watch()
@@ -231,19 +235,25 @@ class DPEngine:
 
     def _threshold_now(self) -> Threshold:
         parameters = self._owned or self.model.named_parameters()
-        return Threshold.of(self.max_grad_norm, {self.layers[name] for name, p in parameters if p.requires_grad})
+        with torch._C.DisableTorchFunctionSubclass():
+            return Threshold.of(self.max_grad_norm, {self.layers[name] for name, p in parameters if p.requires_grad})
 
     def _coef(self, norm_sq: Tensor, layer: str | None) -> Tensor:
         limit = self._threshold.whole if layer is None else self._threshold.layer(layer)
         return factors(norm_sq, limit, self._scale(max(len(norm_sq), 1)), self.clipping == "automatic")
 
-    def _add(self, parameter: PrivateParameter, total: Tensor, samples: int) -> None:
+    def _released(self, coef: Tensor) -> Tensor:
+        """Clipping factors of a pass, for sums that need no scaling afterwards."""
+        return coef.to(self._sum_dtype) / (self._scale(max(len(coef), 1)) * self._divisor)
+
+    def _add(self, parameter: PrivateParameter, total: Tensor) -> None:
         """Add a clipped sum to what the step releases, once this backward pass has ended well."""
-        total = total.to(sum_dtype(total)).mul_(1 / self._scale(max(samples, 1)))
-        _accumulate(self._staged, parameter._dp_name, total)
+        _accumulate(self._staged, parameter._dp_name, total.to(sum_dtype(total)))
 
     def _begin_pass(self) -> None:
         self._staged.clear()
+        if not self._sums:
+            self._divisor = self.expected_batch_size
         self._threshold = self._threshold_now()
 
     def _end_pass(self, norm_sq: Tensor) -> None:
@@ -257,7 +267,8 @@ class DPEngine:
 
     @torch.no_grad()
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        check_parameters(self.model, optimizer, {id(p) for _, p in self._owned})
+        with torch._C.DisableTorchFunctionSubclass():
+            check_parameters(self.model, optimizer, {id(p) for _, p in self._owned})
         if any(callable(x) for x in (*args, *kwargs.values())):
             raise PrivacyError(
                 "optimizer.step(closure): backward passes within a step have no noise; call step() alone"
@@ -266,14 +277,17 @@ class DPEngine:
             raise PrivacyError("optimizer.step() within backward(): the sums are not complete; call it afterwards")
         limits = self._limits or [self._threshold_now().whole]
         limit = functools.reduce(larger, limits)
-        trained = [(name, p) for name, p in self._owned if p.requires_grad]
         with torch._C.DisableTorchFunctionSubclass():
-            sums = [self._sums.get(name, _zeros(p)) for name, p in trained]
-            self._metrics = Metrics.of(self._norm_sq, limits, sums, limit * self.noise_multiplier)
+            trained = [(name, p) for name, p in self._owned if p.requires_grad]
+            sums = [self._sums[name] if name in self._sums else _zeros(p) for name, p in trained]
+            if self._sums and self._divisor != self.expected_batch_size:
+                torch._foreach_mul_(sums, self._divisor / self.expected_batch_size)
+            std = limit * self.noise_multiplier / self.expected_batch_size
+            self._metrics = Metrics.of(self._norm_sq, limits, sums, std)
             if self.noise_multiplier and sums:
-                add_gaussian_noise_(sums, limit * self.noise_multiplier, self.noise)
+                add_gaussian_noise_(sums, std, self.noise)
             for (_, p), total in zip(trained, sums, strict=True):
-                grad = total.div_(self.expected_batch_size).to(p.dtype)
+                grad = total.to(p.dtype)
                 p.grad = grad if p.grad is None else p.grad.add_(grad)
         self._forget()
         self._passes.forget_forwards()
@@ -287,7 +301,8 @@ class DPEngine:
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """The optimizer's own, which also drops the sums of backward passes since the last step."""
-        self._zero_grad(set_to_none)
+        with torch._C.DisableTorchFunctionSubclass():
+            self._zero_grad(set_to_none)
         self._forget()
 
     def _forget(self) -> None:

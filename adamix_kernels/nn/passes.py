@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from adamix_kernels.nn.combine import combine
+from adamix_kernels.nn.combine import combine, gathered
 from adamix_kernels.nn.errors import PrivacyError
 from adamix_kernels.nn.factors import Factors, PerSample
 from adamix_kernels.nn.parameter import Derived, PrivateParameter, names
@@ -184,14 +184,14 @@ class Passes:
         if self.coef is None:
             now.norms[layer] = torch.stack([factors.norm_sq() for _, factors in parts]).double().sum(0)
         if engine.strategy == "per_layer":
-            self._sum(parts, engine._coef(now.norms[layer], layer), now.samples or 0)
+            self._sum(parts, engine._released(engine._coef(now.norms[layer], layer)))
         elif self.coef is not None:
-            self._sum(parts, self.coef, now.samples or 0)
+            self._sum(parts, engine._released(self.coef))
 
-    def _sum(self, parts: Sequence[Record], coef: Tensor, samples: int) -> None:
+    def _sum(self, parts: Sequence[Record], coef: Tensor) -> None:
         for parameters, factors in parts:
             for parameter, total in zip(parameters, factors.clip_sum(coef), strict=True):
-                self._engine._add(parameter, total, samples)
+                self._engine._add(parameter, total)
 
     def _finish(self) -> None:
         """The end of a pass: everything left is clipped and summed."""
@@ -210,14 +210,14 @@ class Passes:
                 self._engine._end_pass(self._norm_sq)
 
     def _sum_all(self, now: _Pass) -> None:
-        parts = combine([record for records in now.records.values() for record in records])
+        parts = gathered(combine([record for records in now.records.values() for record in records]))
         now.records.clear()
         for i, (_, factors) in enumerate(parts):
             now.norms[str(i)] = factors.norm_sq().double()
         if parts:
-            coef = self._engine._coef(torch.stack(list(now.norms.values())).sum(0), None)
+            coef = self._engine._released(self._engine._coef(torch.stack(list(now.norms.values())).sum(0), None))
         while parts:  # each is freed when it is summed
-            self._sum([parts.pop()], coef, now.samples or 0)
+            self._sum([parts.pop()], coef)
 
 
 def pull(target: Tensor, grads: Tensor) -> Record:
