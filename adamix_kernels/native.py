@@ -167,21 +167,24 @@ def _clip_sum_noise(
 )
 def _add_gaussian_noise_(tensor: Any, std: float | Tensor, noise: Noise) -> Any:
     scale, draw, offset = float(std), noise.next_draw(), 0  # first: the std may be an element of what is written
-    for part in as_list(tensor):
-        with torch.no_grad():
-            flat = plain(part if part.dtype == torch.float64 else part.float())
-            compiled().add_gaussian_noise(
-                flat.data_ptr(),
-                dtype_of(flat.dtype),
-                flat.numel(),
-                scale,
-                noise._key,
-                draw,
-                offset,
-                torch.get_num_threads(),
-            )
-            if flat is not part:
+    threads = torch.get_num_threads()
+    waiting: list[tuple[int, Any, int, int]] = []
+
+    def add() -> None:
+        compiled().add_gaussian_noise(waiting, scale, noise._key, draw, threads)
+        waiting.clear()
+
+    with torch.no_grad():
+        for part in as_list(tensor):
+            in_place = part.dtype in (torch.float32, torch.float64) and part.is_contiguous() and not part.is_neg()
+            if not in_place:
+                add()  # parts may share memory: a copy must hold the noise of those before
+            flat = part if in_place else plain(part if part.dtype == torch.float64 else part.float())
+            waiting.append((flat.data_ptr(), dtype_of(flat.dtype), flat.numel(), offset))
+            if not in_place:
+                add()
                 part.copy_(flat)
             torch.autograd.graph.increment_version(part)  # it was written behind torch's back
-        offset += part.numel()
+            offset += part.numel()
+        add()
     return tensor

@@ -20,9 +20,6 @@ from adamix_kernels.ops.linear import linear_clip_sum, linear_norm_sq
 from adamix_kernels.ops.norm import grad_norm_sq
 from adamix_kernels.ops.scale_shift import scale_shift_clip_sum, scale_shift_norm_sq
 
-#: Numbers, 32 MiB: per-sample gradients of a layer that are rather kept than its factors.
-_SMALL = 1 << 23
-
 
 class Factors(Protocol):
     """Gradients of a batch with respect to one or more parameters."""
@@ -123,11 +120,11 @@ class ConvFactors:
         return _with_bias(*conv_grad_sample(self.activations, self.backprops, **self.shape, bias=self.bias))
 
     def smaller(self) -> Factors:
-        """The gradients themselves where that is faster: the products are made once instead of twice."""
+        """The gradients themselves where they are smaller, and their products are then made once instead of twice."""
         outputs, inputs = self.backprops.shape[1], self.activations.shape[1] // self.shape["groups"]
         count = self.samples * outputs * inputs * math.prod(self.shape["kernel_size"])
-        fast = self.activations.device.type == "cpu" and count <= _SMALL
-        return PerSample(self.grad_sample()) if fast else self
+        small = count <= self.activations.numel() + self.backprops.numel()
+        return PerSample(self.grad_sample()) if small and self.activations.device.type == "cpu" else self
 
 
 @dataclass

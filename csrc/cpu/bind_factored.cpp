@@ -61,6 +61,16 @@ ConvShape shape_of(const ConvArgs& args) {
 void conv_norm_sq(Address activations, Address backprops, int64_t samples, const ConvArgs& args, bool bias, bool gram,
                   uintptr_t out, int threads) {
   const ConvShape shape = shape_of(args);
+  const int64_t outputs = shape.outputs / shape.groups;
+  // Gradients written out cost less than their multiplications tell: `gram` must be clearly cheaper.
+  const bool far = 2 * shape.positions() * (shape.window() + outputs) < shape.window() * outputs;
+  if (by_samples(shape) && !(gram && far)) {
+    const auto norms = conv_norm_sq_by_samples(reinterpret_cast<const void*>(activations.first), activations.second,
+                                               reinterpret_cast<const void*>(backprops.first), backprops.second,
+                                               samples, shape, bias, threads);
+    return round_up(norms, shape.outputs * (shape.window() + 1) + 4 * shape.positions() + 64,
+                    reinterpret_cast<float*>(out));
+  }
   const Groups all{0, shape.groups};
   const Windows a(reinterpret_cast<const void*>(activations.first), activations.second, shape, all);
   const Channels g(reinterpret_cast<const void*>(backprops.first), backprops.second, shape, all);
@@ -75,6 +85,10 @@ void conv_clip_sum(Address activations, Address backprops, Address coef, int64_t
                    uintptr_t weight, uintptr_t bias, int threads) {
   const ConvShape shape = shape_of(args);
   const std::vector<double> scales = widened(reinterpret_cast<const void*>(coef.first), coef.second, samples);
+  if (by_samples(shape))
+    return conv_clip_sum_by_samples(reinterpret_cast<const void*>(activations.first), activations.second,
+                                    reinterpret_cast<const void*>(backprops.first), backprops.second, scales, shape,
+                                    reinterpret_cast<float*>(weight), reinterpret_cast<float*>(bias), threads);
   const int64_t outputs = shape.outputs / shape.groups;
   for (int64_t group = 0; group < shape.groups; ++group) {
     const Groups one{group, 1};

@@ -92,4 +92,12 @@ class Channels final : public Source {
 void conv_grad_sample(const void* activations, DType a_type, const void* backprops, DType g_type, int64_t samples,
                       const ConvShape& shape, float* weight, float* bias, int threads);
 
+// Whether norms and sums are best made from the gradients of one sample after the other, and these.
+bool by_samples(const ConvShape& shape);
+std::vector<double> conv_norm_sq_by_samples(const void* activations, DType a_type, const void* backprops, DType g_type,
+                                            int64_t samples, const ConvShape& shape, bool bias, int threads);
+void conv_clip_sum_by_samples(const void* activations, DType a_type, const void* backprops, DType g_type,
+                              const std::vector<double>& coef, const ConvShape& shape, float* weight, float* bias,
+                              int threads);
+
 }  // namespace adamix

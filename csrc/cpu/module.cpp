@@ -95,13 +95,14 @@ PYBIND11_MODULE(_cpu, m) {
       py::arg("std"), py::arg("threads"), py::arg("cache"));
   m.def(
       "add_gaussian_noise",
-      [](uintptr_t data, DType dtype, int64_t n, double std, const std::vector<uint32_t>& key, uint64_t draw,
-         uint64_t offset, int threads) {
+      // For each part its address, type, elements and offset in the draw.
+      [](const std::vector<std::tuple<uintptr_t, DType, int64_t, uint64_t>>& parts, double std,
+         const std::vector<uint32_t>& key, uint64_t draw, int threads) {
         py::gil_scoped_release release;
-        adamix::add_gaussian_noise(reinterpret_cast<void*>(data), dtype, n, {key, draw, std}, offset, threads);
+        for (const auto& [data, dtype, n, offset] : parts)
+          adamix::add_gaussian_noise(reinterpret_cast<void*>(data), dtype, n, {key, draw, std}, offset, threads);
       },
-      py::arg("data"), py::arg("dtype"), py::arg("n"), py::arg("std"), py::arg("key"), py::arg("draw"),
-      py::arg("offset"), py::arg("threads"));
+      py::arg("parts"), py::arg("std"), py::arg("key"), py::arg("draw"), py::arg("threads"));
   adamix::bind_factored(m);
   bind_layers(m);
 }

@@ -95,7 +95,7 @@ def test_noise_of_late_draws_and_large_offsets(module: ModuleType, mode: str) ->
         if int(isa) <= int(module.best_isa()):
             module.use_isa(isa)
             noise, out = Noise._with_key(bytes(range(32)), mode), torch.zeros(300, dtype=torch.float64)
-            module.add_gaussian_noise(out.data_ptr(), module.DType.float64, 300, 1.0, noise._key, draw, offset, 1)
+            module.add_gaussian_noise([(out.data_ptr(), module.DType.float64, 300, offset)], 1.0, noise._key, draw, 1)
             assert float((out - noise.normal(draw, offset, 300)).abs().max()) < 1e-13
 
 
