@@ -26,6 +26,8 @@ AUTO_ORDER = ("cuda", "triton", "cpp", "torch")
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INT_DTYPES = (torch.int64, torch.int32)
 
+_LISTS = (list, tuple)  # to ask a tuple of types is faster than a union, and every call asks
+
 OPS: dict[str, Op[..., Any]] = {}
 _forced: ContextVar[str] = ContextVar("adamix_kernels_backend", default="auto")
 
@@ -84,11 +86,12 @@ class Backend:
 
     def why_not(self, bound: Mapping[str, Any], named: Iterable[str]) -> str | None:
         """Its reason against one call, whose tensor arguments are `named`."""
-        for name in named:
-            value = bound[name]
-            for tensor in value if isinstance(value, list | tuple) else [value]:
-                if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype not in self.dtypes:
-                    return f"{name} has dtype {tensor.dtype}, which it does not compute in"
+        if self.dtypes is not FLOAT_DTYPES:
+            for name in named:
+                value = bound[name]
+                for tensor in value if isinstance(value, _LISTS) else (value,):
+                    if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype not in self.dtypes:
+                        return f"{name} has dtype {tensor.dtype}, which it does not compute in"
         return self.refuses(**bound)
 
 
@@ -292,8 +295,10 @@ class _Axes:
         )
 
     def tensors(self, op: str, name: str, value: Any) -> list[tuple[str, Tensor]]:
+        if isinstance(value, Tensor):
+            return [(name, value)]
         items = [(name, value)]
-        if self.many and isinstance(value, list | tuple):
+        if self.many and isinstance(value, _LISTS):
             if not value:
                 raise ValueError(f"{op}: {name} is an empty list; pass at least one tensor of shape {self.text}")
             items = [(f"{name}[{i}]", v) for i, v in enumerate(value)]
@@ -315,13 +320,12 @@ class _Axes:
         fixed = len(self.head) + len(self.tail)
         if len(shape) < fixed or (self.wild is None and len(shape) != fixed):
             raise ValueError(f"{op}: {label} has shape {list(shape)}; expected {self.text}")
-        stop = len(shape) - len(self.tail)
-        found: list[tuple[str, Any]] = list(
-            zip(self.head + self.tail, shape[: len(self.head)] + shape[stop:], strict=True)
-        )
+        first, stop = len(self.head), len(shape) - len(self.tail)
+        named = self.head + self.tail
+        values: tuple[Any, ...] = shape[:first] + shape[stop:]
         if self.wild == "*" and not self.many:
-            found.append(("*", shape[len(self.head) : stop]))
-        for axis, size in found:
+            named, values = (*named, "*"), (*values, shape[first:stop])
+        for axis, size in zip(named, values, strict=True):
             known, source = sizes.setdefault(axis, (size, label))
             if known != size:
                 show = list(known) if axis == "*" else known

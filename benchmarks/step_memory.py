@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 
 import torch
-from step_models import WORKS
-from step_peers import contenders, plain
+from step_models import WORKS, Work
+from step_peers import Step, contenders
+from torch import Tensor
 
 
 def resident(field: str) -> float:
@@ -17,26 +19,22 @@ def resident(field: str) -> float:
 
 def main(name: str, label: str) -> None:
     torch.manual_seed(0)
-    work = WORKS[name]
-    tiny = next(iter(WORKS.values()))
-    plain(tiny, *(part[:2] for part in tiny.batch()))[1]()  # libraries take their own memory at the first call
-    if label.startswith("Opacus"):
-        import opacus.grad_sample  # noqa: F401  its imports are not the step's
+    work, tiny = WORKS[name], WORKS["CNN 28x28, B=128"]
+    step_of(label, tiny, *(part[:2] for part in tiny.batch()))()  # code and libraries that the first call loads
     before = resident("VmRSS")
     x, y = work.batch()
-    step = next(step for found, (_, step) in _only(work, x, y, label) if found == label)
+    step = step_of(label, work, x, y)
     step()
+    gc.collect()  # the contenders that were made before this one
     Path("/proc/self/clear_refs").write_text("5")
     for _ in range(3):
         step()
     print(resident("VmHWM") - before)
 
 
-def _only(work, x, y, label):  # type: ignore[no-untyped-def]
-    """Contenders are made one after the other: stop at the wanted one and drop the others."""
-    for found, contender in contenders(work, x, y, 1.0, True):
-        if found == label:
-            yield found, contender
+def step_of(label: str, work: Work, x: Tensor, y: Tensor) -> Step:
+    """Contenders are made one after the other: the others are dropped."""
+    return next(step for found, (_, step) in contenders(work, x, y, 1.0, True) if found == label)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ pytest benchmarks/test_training_steps.py --benchmark-enable -s -m gpu      on a 
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from step_peers import MAX_GRAD_NORM, contenders
 from torch import Tensor, nn
 
 HERE = Path(__file__).parent
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 def exact(work: Work, model: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
@@ -54,12 +56,12 @@ def check(work: Work, x: Tensor, y: Tensor, materialise: bool) -> None:
             continue
         found = gradients(contender, start)
         error = max(float((f - t).abs().max()) for f, t in zip(found, truth, strict=True)) / scale
-        assert error < 2e-3, f"{name} is off by {error:.3g} of the largest element"
+        assert error < 1e-3, f"{name} is off by {error:.3g} of the largest element"
 
 
 @pytest.mark.parametrize("name", WORKS)
 def test_training_step(benchmark: Any, capsys: Any, name: str) -> None:
-    torch.manual_seed(0)
+    torch.manual_seed(1)  # with 0 a ReLU of the MLP is so near 0 that float32 has it on the other side, for all
     work = WORKS[name]
     x, y = work.batch()
     check(work, x, y, True)
@@ -74,14 +76,18 @@ def test_training_step(benchmark: Any, capsys: Any, name: str) -> None:
 
 @pytest.mark.parametrize("name", WORKS)
 def test_peak_memory(benchmark: Any, capsys: Any, name: str) -> None:
-    """Resident memory beyond what the imports take, at its peak in three steps, each contender in its own process."""
+    """Resident memory beyond what the code takes, at its peak in three steps, each contender in its own process.
+
+    The allocator is told to give back what is freed at once, so that this is memory in use, not what it hoards.
+    """
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("peak memory is read from /proc, which this system has not")
     labels = [label for label, _ in contenders(WORKS[name], *WORKS[name].batch(), 1.0, True)]
     peaks = {}
     for label in labels:
         command = [sys.executable, str(HERE / "step_memory.py"), name, label]
-        peaks[label] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout) * 2**20
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **GIVE_BACK})
+        peaks[label] = float(done.stdout) * 2**20
     with capsys.disabled():
         print(f"\npeak memory, {name}")
         for label, peak in peaks.items():

@@ -75,6 +75,7 @@ class DPEngine:
         loss_reduction: str = "mean",
         loss_scale: float = 1.0,
         joint_forwards: bool = False,
+        measure_signal: bool = False,
         noise: Noise | None = None,
     ) -> None:
         check_settings(strategy, clipping, loss_reduction, noise_multiplier, expected_batch_size, loss_scale)
@@ -86,7 +87,7 @@ class DPEngine:
         self.noise_multiplier, self.expected_batch_size = float(noise_multiplier), float(expected_batch_size)
         self.strategy = "book_keeping" if strategy == "auto" else strategy
         self.clipping, self.loss_reduction, self.loss_scale = clipping, loss_reduction, float(loss_scale)
-        self.joint_forwards = joint_forwards
+        self.joint_forwards, self.measure_signal = joint_forwards, measure_signal
         self.noise = Noise() if noise is None else noise
         self.steps = 0
         self.layers = {name: name.rpartition(".")[0] for name, _ in model.named_parameters()}
@@ -283,7 +284,7 @@ class DPEngine:
             if self._sums and self._divisor != self.expected_batch_size:
                 torch._foreach_mul_(sums, self._divisor / self.expected_batch_size)
             std = limit * self.noise_multiplier / self.expected_batch_size
-            self._metrics = Metrics.of(self._norm_sq, limits, sums, std)
+            self._metrics = Metrics.of(self._norm_sq, limits, sums, std, self.measure_signal)
             if self.noise_multiplier and sums:
                 add_gaussian_noise_(sums, std, self.noise)
             for (_, p), total in zip(trained, sums, strict=True):

@@ -20,7 +20,7 @@ class Metrics:
 
     norm_sq: Sequence[Tensor]  # [B] of each backward pass, rounded up
     thresholds: Sequence[float | Tensor]  # of each backward pass
-    signal: Tensor  # norm of the clipped sum
+    signal: Tensor | None  # norm of the clipped sum, if it was measured
     noise: float | Tensor  # root of the expected square norm of the noise
 
     @classmethod
@@ -30,8 +30,10 @@ class Metrics:
         thresholds: Sequence[float | Tensor],
         sums: Sequence[Tensor],
         std: float | Tensor,
+        measure_signal: bool,
     ) -> Metrics:
-        return cls(tuple(norm_sq), tuple(thresholds), get_total_norm(sums), std * sum(x.numel() for x in sums) ** 0.5)
+        signal = get_total_norm(sums) if measure_signal else None
+        return cls(tuple(norm_sq), tuple(thresholds), signal, std * sum(x.numel() for x in sums) ** 0.5)
 
     @functools.cached_property
     def norms(self) -> Tensor:
@@ -58,5 +60,7 @@ class Metrics:
     @property
     def signal_to_noise(self) -> float:
         """Norm of the clipped sum over the norm to be expected of the noise; Inf without noise."""
+        if self.signal is None:
+            raise RuntimeError("signal_to_noise: was not measured; pass measure_signal=True to the DPEngine")
         noise = float(self.noise)
         return float(self.signal) / noise if noise else float("inf")

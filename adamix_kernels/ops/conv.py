@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -63,6 +64,16 @@ def _per_axis(name: str, value: Any, axes: int, least: int) -> tuple[int, ...]:
 
 
 def conv_axes(kernel_size: Any, stride: Any, padding: Any, dilation: Any) -> list[_Axis]:
+    """The settings of each spatial axis; asked for several times in a call, and the same for each."""
+    given = [tuple(value) if isinstance(value, list) else value for value in (kernel_size, stride, padding, dilation)]
+    try:
+        return _axes(*given)
+    except TypeError:  # not hashable: the message below tells what is wrong
+        return _axes.__wrapped__(*given)
+
+
+@functools.lru_cache(maxsize=256)
+def _axes(kernel_size: Any, stride: Any, padding: Any, dilation: Any) -> list[_Axis]:
     if not isinstance(kernel_size, tuple | list) or not 1 <= len(kernel_size) <= 3:
         raise ValueError(f"kernel_size is {kernel_size!r}; pass a tuple of 1 to 3 ints, one per spatial axis")
     count = len(kernel_size)

@@ -175,11 +175,11 @@ std::vector<double> conv_norm_sq_by_samples(const void* activations, DType a_typ
 void conv_clip_sum_by_samples(const void* activations, DType a_type, const void* backprops, DType g_type,
                               const std::vector<double>& coef, const ConvShape& s, float* weight, float* bias,
                               int threads) {
-  constexpr int64_t kParts = 8;  // in a number that does not depend on the threads
   const Layer layer{activations, backprops, a_type, g_type, s};
   const int64_t samples = coef.size(), size = layer.weights() * s.groups;
+  const int64_t parts = std::clamp<int64_t>(samples / 8, 1, 8);  // in a number that does not depend on the threads
   const auto add = pick(add_portable, add_avx2, add_avx512);
-  std::vector<std::vector<double>> totals(kParts);
+  std::vector<std::vector<double>> totals(parts);
   const FloatState state = FloatState::current();
 #pragma omp parallel num_threads(threads) if (samples * s.positions() * size > kSerial)
   {
@@ -188,10 +188,10 @@ void conv_clip_sum_by_samples(const void* activations, DType a_type, const void*
     work.weight.resize(layer.weights());
     work.bias.resize(layer.outputs());
 #pragma omp for schedule(dynamic)
-    for (int64_t part = 0; part < kParts; ++part) {
+    for (int64_t part = 0; part < parts; ++part) {
       std::vector<double>& total = totals[part];
       total.assign(size + (bias == nullptr ? 0 : s.outputs), 0.0);
-      for (int64_t b = samples * part / kParts; b < samples * (part + 1) / kParts; ++b)
+      for (int64_t b = samples * part / parts; b < samples * (part + 1) / parts; ++b)
         for (int64_t group = 0; group < s.groups && coef[b] > 0; ++group) {
           layer.gradient(b * s.groups + group, work.weight.data(), bias == nullptr ? nullptr : work.bias.data(), work);
           add(total.data() + group * layer.weights(), coef[b], work.weight.data(), layer.weights());
@@ -200,11 +200,11 @@ void conv_clip_sum_by_samples(const void* activations, DType a_type, const void*
         }
     }
   }
-  for (int64_t i = 0; i < static_cast<int64_t>(totals[0].size()); ++i) {
-    double sum = 0;
-    for (const std::vector<double>& total : totals) sum += total[i];
-    (i < size ? weight[i] : bias[i - size]) = static_cast<float>(sum);
-  }
+  std::vector<double>& sum = totals[0];
+  for (int64_t part = 1; part < parts; ++part)
+    for (size_t i = 0; i < sum.size(); ++i) sum[i] += totals[part][i];
+  for (int64_t i = 0; i < size; ++i) weight[i] = static_cast<float>(sum[i]);
+  for (int64_t i = size; i < static_cast<int64_t>(sum.size()); ++i) bias[i - size] = static_cast<float>(sum[i]);
 }
 
 }  // namespace adamix
