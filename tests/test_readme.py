@@ -16,7 +16,9 @@ ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL), ids=["adamix", "adamix_kernels"])
+@pytest.mark.parametrize(
+    "code", re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL), ids=["adamix", "adamix_kernels", "DPEngine"]
+)
 def test_example_runs(code: str) -> None:
     exec(compile(code, "README.md", "exec"), {})
 
