@@ -39,7 +39,8 @@ class GradSampleModule(AbstractGradSampleModule):
         detach(self._module)
 
     def zero_grad(self, set_to_none: bool = False) -> None:
-        super().zero_grad(set_to_none)
+        with torch._C.DisableTorchFunctionSubclass():
+            super().zero_grad(set_to_none)
         engine = engine_of(self._module)
         if engine is not None and isinstance(engine._passes, CountedPasses):
             engine._passes.drop()
@@ -124,7 +125,8 @@ class DPOptimizer(opacus.optimizers.DPOptimizer):
         return result
 
     def zero_grad(self, set_to_none: bool = False) -> None:
-        self.engine._zero_grad(set_to_none)
+        with torch._C.DisableTorchFunctionSubclass():  # after a skipped step the sum stays
+            self.engine._zero_grad(set_to_none)
         self._passes.drop()
         self._uncleared = False
 

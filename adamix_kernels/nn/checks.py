@@ -107,6 +107,11 @@ def check_free(model: nn.Module) -> None:
             raise PrivacyError(
                 f"model: parameter {name!r} is a {type(parameter).__name__}; only plain torch.nn.Parameter is supported"
             )
+        if parameter.grad is not None:
+            raise PrivacyError(
+                f"model: parameter {name!r} has a gradient already, without noise, to which the first step would add "
+                "its own; call optimizer.zero_grad() before making the DPEngine"
+            )
 
 
 def replace_batch_norm(model: nn.Module, groups: int = 32) -> nn.Module:

@@ -17,7 +17,7 @@ from adamix_kernels.nn import rules_layers as _rules_layers  # noqa: F401
 from adamix_kernels.nn.checks import check_free, check_labels, check_modules, check_parameters, check_settings, mixing
 from adamix_kernels.nn.clipping import Threshold, checked, factors, larger
 from adamix_kernels.nn.errors import PrivacyError
-from adamix_kernels.nn.hooks import Hook
+from adamix_kernels.nn.hooks import Hook, ZeroGrad
 from adamix_kernels.nn.metrics import Metrics
 from adamix_kernels.nn.parameter import PrivateParameter
 from adamix_kernels.nn.passes import Passes
@@ -126,6 +126,7 @@ class DPEngine:
             self.optimizer.register_step_pre_hook(Hook(self._before_step)),
             self.optimizer.register_step_post_hook(Hook(self._after_step)),
         ]
+        vars(self.model)["zero_grad"] = ZeroGrad(self.model, self._drop_all)
         self._zero_grad = self.optimizer.zero_grad
         self._own_zero_grad = vars(self.optimizer).get("zero_grad")
         self.optimizer.zero_grad = self.zero_grad  # type: ignore[method-assign]
@@ -142,7 +143,7 @@ class DPEngine:
             if not parameter._backward_hooks:
                 parameter._backward_hooks = None
         if self._owned:
-            del self.optimizer.zero_grad
+            del self.optimizer.zero_grad, vars(self.model)["zero_grad"]
             if self._own_zero_grad is not None:
                 self.optimizer.zero_grad = self._own_zero_grad  # type: ignore[method-assign]
         self._owned.clear()
@@ -211,6 +212,9 @@ class DPEngine:
     def _after_forward(self, module: nn.Module, args: Any, kwargs: Any, outputs: Any) -> None:
         began, self.forward_number = self.forward_number, None
         if began is not None and outputs is not None:
+            for x in tree_leaves(outputs):
+                if isinstance(x, Tensor) and x.grad_fn is not None:
+                    x.grad_fn.register_prehook(Hook(lambda _, began=began: self._passes.come_through(began)))
             tell_apart(self, module, args, kwargs)
 
     def backward(self, loss: Tensor) -> None:
@@ -292,6 +296,7 @@ class DPEngine:
                 p.grad = grad if p.grad is None else p.grad.add_(grad)
         self._forget()
         self._passes.forget_forwards()
+        self.batch_size = None  # parts of the model that are called alone would be taken for the last batch
         self.steps += 1
         for _, p in self._owned:
             p.__class__ = nn.Parameter  # type: ignore[assignment]  # an optimizer is fast on these
@@ -305,6 +310,13 @@ class DPEngine:
         with torch._C.DisableTorchFunctionSubclass():
             self._zero_grad(set_to_none)
         self._forget()
+
+    def _drop(self, parameter: PrivateParameter) -> None:
+        """Its `.grad` was set to None."""
+        self._sums.pop(parameter._dp_name, None)
+
+    def _drop_all(self) -> None:
+        self._passes.drop()  # which an adapter may have put in place of the first
 
     def _forget(self) -> None:
         self._sums.clear()

@@ -63,6 +63,10 @@ Private = PrivateParameter | Derived
 
 _PRIVATE = (PrivateParameter, Derived)  # asking a tuple is faster than asking a union
 
+_REQUIRES_GRAD, _GRAD = (getattr(Tensor, name) for name in ("requires_grad", "grad"))
+_THAWS = {Tensor.requires_grad_, _REQUIRES_GRAD.__set__}
+_SETS_GRAD = {_GRAD.__set__, _GRAD.__delete__}
+
 #: What tells of a tensor, or changes it, but computes nothing of its values.
 _PLAIN = {
     getattr(Tensor, name).__get__
@@ -75,6 +79,8 @@ _PLAIN = {
     Tensor.is_floating_point,
     Tensor.is_contiguous,
     Tensor.detach,
+    *_THAWS,
+    *_SETS_GRAD,
 }
 
 
@@ -84,7 +90,12 @@ def _dispatch(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str
             engine = next((x._dp_engine for x in tensors(args, kwargs) if isinstance(x, _PRIVATE)), None)
             if engine is not None and not engine.is_public:
                 return engine._rules.use(func, args, kwargs)
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if func in _THAWS and isinstance(args[0], PrivateParameter):
+            args[0]._dp_engine._watch()  # before any use of it
+        elif func in _SETS_GRAD and isinstance(args[0], PrivateParameter) and args[0].grad is None:
+            args[0]._dp_engine._drop(args[0])
+        return result
 
 
 def tensors(*values: Any) -> Iterator[Tensor]:

@@ -49,15 +49,22 @@ class Passes:
         self._expected: dict[tuple[str, bool], int] = {}  # uses of a layer that wait for a gradient
         self._pass_of: dict[int, int] = {}  # by forward pass
         self._received: dict[tuple[str, bool], int] = {}
+        self._through: dict[int, set[int]] = {}  # forward passes whose outputs a graph task has come through
         self._norm_sq: Tensor | None = None  # of the first of two backward passes
         self.coef: Tensor | None = None  # of the second
         self.twice = False
+        self._recomputes = False  # the first of two backward passes does
 
     def forget(self) -> None:
         """Drop what was not turned into sums: the loop has thrown it away."""
         self._now = None
         self._parents.clear()
         self._pass_of.clear()
+        self._through.clear()
+
+    def drop(self) -> None:
+        """The model's zero_grad()."""
+        self._engine._forget()
 
     def forget_forwards(self) -> None:
         """A step was taken: no gradient is awaited from forward passes before it."""
@@ -65,7 +72,7 @@ class Passes:
 
     def run_twice(self, loss: Tensor) -> None:
         """Two backward passes over the same graph: for the norms, then for the sums."""
-        self.twice, self._norm_sq = True, None
+        self.twice, self._norm_sq, self._recomputes = True, None, False
         try:
             loss.backward(retain_graph=True)
             self._expected = dict(self._received)
@@ -80,7 +87,12 @@ class Passes:
             key = layer, use.task != -1
             self._expected[key] = self._expected.get(key, 0) + 1
         if use.task != -1:
+            self._recomputes = True
             self._enter(use.task)
+
+    def come_through(self, forward: int) -> None:
+        """A backward pass has reached the outputs of a forward pass: parts that it recomputes belong to that."""
+        self._through.setdefault(torch._C._current_graph_task_id(), set()).add(forward)
 
     def _layers(self, targets: Sequence[Tensor]) -> set[str]:
         return {self._engine.layers[name] for target in targets for name in self._names(target)}
@@ -106,7 +118,7 @@ class Passes:
                 self._received.clear()
                 self._engine._begin_pass()
             self._now = _Pass(task, self._number)  # what an aborted backward pass left is dropped
-            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
+            torch.autograd.Variable._execution_engine.queue_callback(lambda: self._end(task))
         return self._now
 
     def receive(self, use: Use, targets: Sequence[Tensor], build: Callable[[], Factors]) -> None:
@@ -115,14 +127,15 @@ class Passes:
         if use.task not in (-1, task):
             self._parents[task] = use.task
         now = self._enter(task)
-        earlier = use.spent_in if use.forward is None else self._pass_of.setdefault(use.forward, now.number)
-        if earlier not in (None, now.number):
+        forwards = self._through.get(now.task, set()) if use.forward is None else {use.forward}
+        earlier = {use.spent_in} | {self._pass_of.setdefault(forward, now.number) for forward in forwards}
+        if earlier - {None, now.number}:
             raise PrivacyError(
                 f"{names(targets)}: a second backward() goes through one forward pass; a sample would be clipped twice "
                 "and count twice. Add the losses and call backward() once, or run forward() again on other samples"
             )
         use.spent_in = now.number
-        now.forwards |= {use.forward} if use.forward is not None else set()
+        now.forwards |= forwards
         if len(now.forwards) > 1 and not self._engine.joint_forwards:
             raise PrivacyError(
                 f"{names(targets)}: one backward() goes through several forward passes; their rows b would "
@@ -181,7 +194,7 @@ class Passes:
 
     def _close(self, now: _Pass, layer: str) -> None:
         engine, parts = self._engine, combine(now.records.pop(layer))
-        if self.coef is None:
+        if self.coef is None or self._recomputes:
             now.norms[layer] = torch.stack([factors.norm_sq() for _, factors in parts]).double().sum(0)
         if engine.strategy == "per_layer":
             self._sum(parts, engine._released(engine._coef(now.norms[layer], layer)))
@@ -192,6 +205,10 @@ class Passes:
         for parameters, factors in parts:
             for parameter, total in zip(parameters, factors.clip_sum(coef), strict=True):
                 self._engine._add(parameter, total)
+
+    def _end(self, task: int) -> None:
+        if self._now is None or self._now.task == task:  # else one on another thread has begun since
+            self._finish()
 
     def _finish(self) -> None:
         """The end of a pass: everything left is clipped and summed."""
@@ -205,9 +222,23 @@ class Passes:
             for layer in list(now.records):
                 self._close(now, layer)
             if now.norms:
-                self._norm_sq = torch.stack(list(now.norms.values())).sum(0)
+                norm_sq = torch.stack(list(now.norms.values())).sum(0)
+                if self.coef is None:
+                    self._norm_sq = norm_sq
+                else:
+                    self._check_repeats(norm_sq)
             if self._norm_sq is not None and (self.coef is not None or (now.norms and not self.twice)):
                 self._engine._end_pass(self._norm_sq)
+
+    def _check_repeats(self, norm_sq: Tensor) -> None:
+        """What is recomputed in both of two backward passes must be the same in both."""
+        first = self._norm_sq
+        if first is None or (first.isfinite() & ~(norm_sq <= first * (1 + 2e-5))).any():
+            raise PrivacyError(
+                "strategy 'two_pass': samples have larger gradients in the second backward pass than in the first, "
+                "whose norms clip them; a recomputed part draws other random numbers or changes its buffers. Pass "
+                "preserve_rng_state=True to checkpoint(), or strategy='per_layer' or 'book_keeping'"
+            )
 
     def _sum_all(self, now: _Pass) -> None:
         parts = gathered(combine([record for records in now.records.values() for record in records]))

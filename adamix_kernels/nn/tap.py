@@ -31,7 +31,8 @@ class Use:
     def __init__(self, engine: DPEngine, build: Build, targets: Sequence[Tensor]) -> None:
         self.engine, self.build, self.targets = engine, build, targets
         self.task = torch._C._current_graph_task_id()  # of the backward pass that recomputes this forward, or -1
-        self.forward = engine.forward_number if self.task == -1 else None
+        # what is recomputed belongs to the forward pass that the task came through, a part used alone to the last one
+        self.forward = (engine.forward_number or engine._forwards or None) if self.task == -1 else None
         self.spent_in: int | None = None
         engine._passes.expect(self)
 

@@ -64,6 +64,7 @@ def clipped_sum(name: str, dtype: torch.dtype, limit: Any) -> Grads:
 def step(module: Any, batch: Any, **options: Any) -> tuple[Grads, Tensor, Any]:
     """The un-noised sum and the norms of a step that leaves the parameters as they are, and the outputs."""
     optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
+    optimizer.zero_grad()  # what a step before has left
     dp = DPEngine(module, optimizer, noise_multiplier=0.0, expected_batch_size=1, loss_reduction="mean", **options)
     optimizer.zero_grad()
     outputs = module(*batch)
