@@ -53,7 +53,6 @@ class Passes:
         self._norm_sq: Tensor | None = None  # of the first of two backward passes
         self.coef: Tensor | None = None  # of the second
         self.twice = False
-        self._recomputes = False  # the first of two backward passes does
 
     def forget(self) -> None:
         """Drop what was not turned into sums: the loop has thrown it away."""
@@ -72,7 +71,7 @@ class Passes:
 
     def run_twice(self, loss: Tensor) -> None:
         """Two backward passes over the same graph: for the norms, then for the sums."""
-        self.twice, self._norm_sq, self._recomputes = True, None, False
+        self.twice, self._norm_sq = True, None
         try:
             loss.backward(retain_graph=True)
             self._expected = dict(self._received)
@@ -87,7 +86,6 @@ class Passes:
             key = layer, use.task != -1
             self._expected[key] = self._expected.get(key, 0) + 1
         if use.task != -1:
-            self._recomputes = True
             self._enter(use.task)
 
     def come_through(self, forward: int) -> None:
@@ -194,8 +192,7 @@ class Passes:
 
     def _close(self, now: _Pass, layer: str) -> None:
         engine, parts = self._engine, combine(now.records.pop(layer))
-        if self.coef is None or self._recomputes:
-            now.norms[layer] = torch.stack([factors.norm_sq() for _, factors in parts]).double().sum(0)
+        now.norms[layer] = torch.stack([factors.norm_sq() for _, factors in parts]).double().sum(0)
         if engine.strategy == "per_layer":
             self._sum(parts, engine._released(engine._coef(now.norms[layer], layer)))
         elif self.coef is not None:
@@ -231,13 +228,13 @@ class Passes:
                 self._engine._end_pass(self._norm_sq)
 
     def _check_repeats(self, norm_sq: Tensor) -> None:
-        """What is recomputed in both of two backward passes must be the same in both."""
+        """The norms of the first of two backward passes must bound the gradients of the second."""
         first = self._norm_sq
         if first is None or (first.isfinite() & ~(norm_sq <= first * (1 + 2e-5))).any():
             raise PrivacyError(
                 "strategy 'two_pass': samples have larger gradients in the second backward pass than in the first, "
-                "whose norms clip them; a recomputed part draws other random numbers or changes its buffers. Pass "
-                "preserve_rng_state=True to checkpoint(), or strategy='per_layer' or 'book_keeping'"
+                "whose norms clip them; a recomputed part draws other random numbers, or a hook does not do the same "
+                "twice. Pass preserve_rng_state=True to checkpoint(), or strategy='per_layer' or 'book_keeping'"
             )
 
     def _sum_all(self, now: _Pass) -> None:
