@@ -98,6 +98,14 @@ def tensors(*values: Any) -> Iterator[Tensor]:
             yield from tensors(*value.values())
 
 
+def storage(x: Tensor) -> int:
+    """What views of a tensor have in common; of one that has no storage, such as a sparse one, itself."""
+    try:
+        return x.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):
+        return id(x)
+
+
 def bases(values: Sequence[Tensor]) -> tuple[PrivateParameter, ...]:
     """The parameters behind private tensors, each once."""
     found: dict[int, PrivateParameter] = {}
