@@ -78,11 +78,15 @@ _PLAIN = {
 }
 
 
+#: Engines whose model runs with one sample more, also without gradients: a part may be recomputed with them.
+probing: set[int] = set()
+
+
 def _dispatch(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     with torch._C.DisableTorchFunctionSubclass():
-        if torch.is_grad_enabled() and func not in _PLAIN:
+        if func not in _PLAIN and (torch.is_grad_enabled() or probing):
             engine = next((x._dp_engine for x in tensors(args, kwargs) if isinstance(x, _PRIVATE)), None)
-            if engine is not None and not engine.is_public:
+            if engine is not None and not engine.is_public and (torch.is_grad_enabled() or engine._rules.probing):
                 return engine._rules.use(func, args, kwargs)
         return func(*args, **kwargs)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from adamix_kernels.nn import parameter
 from adamix_kernels.nn.errors import PrivacyError
 from adamix_kernels.nn.parameter import storage, tensors
 
@@ -64,11 +65,13 @@ def _undone(engine: DPEngine, module: nn.Module) -> Iterator[None]:
     buffers = [(b, b._version, b.clone()) for b in module.buffers()]
     devices = {p.device.index for p in module.parameters() if p.device.type == "cuda"}
     rules.probing = True
+    parameter.probing.add(id(engine))
     try:
         with torch.random.fork_rng([d for d in devices if d is not None]):
             yield
     finally:
         engine.batch_size, engine.input_storages, rules.probing = size, storages, False
+        parameter.probing.discard(id(engine))
         passes._expected = expected
         with torch.no_grad():
             for buffer, version, value in buffers:

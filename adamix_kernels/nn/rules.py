@@ -166,7 +166,8 @@ class Rules:
                 "of its methods or parts, with tensors as arguments or in lists and dicts"
             )
         if self.batch_size > 1:
-            outside = x.requires_grad or self._is_input(x)  # else no other use of the parameter may tell of this one
+            # what is computed without gradients may be constant: no other use of the parameter may tell of this one
+            outside = x.requires_grad or self._is_input(x) or not torch.is_grad_enabled()
             sure = self.probing or (outside and x.dim() > 1 and self.batch_size not in x.shape[1:])
             use = what if outside else f"{what} of what is computed"
             (self.told if sure else self.doubtful).update((name, use) for name in self._names_of(targets))
