@@ -65,9 +65,12 @@ _PRIVATE = (PrivateParameter, Derived)  # asking a tuple is faster than asking a
 
 #: What tells of a tensor, or changes it, but computes nothing of its values.
 _PLAIN = {
-    getattr(Tensor, name).__get__
-    for name in "shape dtype device grad requires_grad data is_leaf layout ndim grad_fn _version _base is_cuda".split()
-} | {
+    *(
+        getattr(Tensor, name).__get__
+        for name in "shape dtype device grad requires_grad data is_leaf layout ndim grad_fn _version _base".split()
+    ),
+    Tensor.is_cuda.__get__,
+    *(getattr(Tensor, name).__set__ for name in "data grad requires_grad".split()),  # not of a detached one
     Tensor.size,
     Tensor.dim,
     Tensor.numel,

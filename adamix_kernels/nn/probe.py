@@ -41,7 +41,7 @@ def tell_apart(engine: DPEngine, module: nn.Module, args: Any, kwargs: Any) -> N
         engine.batch_size = samples + 1
         engine.input_storages = {storage(x) for x in tensors(args, kwargs)}
         try:
-            with torch.autograd.graph.saved_tensors_hooks(lambda x: None, lambda x: None):
+            with torch.autograd.graph.saved_tensors_hooks(lambda _: None, _lost):
                 module.forward(*args, **kwargs)
         except Exception as error:  # whatever the model makes of a wrong shape
             cause = error
@@ -54,6 +54,10 @@ def tell_apart(engine: DPEngine, module: nn.Module, args: Any, kwargs: Any) -> N
             "the batch. It must be dimension 0 wherever a trainable parameter is used; if it is, begin with a batch of "
             "another size, and let the model take one sample more; constants belong into buffers"
         ) from cause
+
+
+def _lost(_: Any) -> Tensor:
+    raise RuntimeError("a forward pass that only tells the batch apart keeps nothing for a backward pass")
 
 
 @contextmanager

@@ -73,7 +73,7 @@ class Rules:
 
         if func in TEMPLATES and not isinstance(args[0], Private):
             return func(*args, **kwargs)  # a parameter only tells a type or a shape
-        rows = [x for x in found if self.is_batch(x) and x.is_floating_point()]
+        rows = [x for x in found if self.is_batch(x) and (x.is_floating_point() or x.is_complex())]
         if any(x.requires_grad or self._is_input(x) for x in rows):
             return by_vmap(self, func, args, kwargs)
         if rows:

@@ -82,7 +82,8 @@ def test_a_bias_of_attention_gets_a_row_per_sample(bias: tuple[int, ...], dropou
     """Dropout was taken for a mixture of samples, as in T5."""
 
     def run(m: Any, x: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(*m.qkv(x)[:, None].chunk(3, -1), attn_mask=m.bias * 1, dropout_p=dropout)
+        q, k, v = m.qkv(x)[:, None].chunk(3, -1)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=m.bias * 1, dropout_p=dropout)
 
     torch.manual_seed(0)
     model = Fn(run, qkv=nn.Linear(5, 15), bias=bias).double()
@@ -100,7 +101,7 @@ def test_a_penalty_on_gradients_is_refused() -> None:
     dp = engine(model)
     x = torch.randn(4, 5, requires_grad=True)
     out = model(x).sum()
-    with pytest.raises(PrivacyError, match="'2.weight', '2.bias': .* create_graph=True"):
+    with pytest.raises(PrivacyError, match=r"'2\.weight', '2\.bias': .* create_graph=True"):
         torch.autograd.grad(out, x, create_graph=True)
     with dp.public():
         torch.autograd.grad(model(x).sum(), x, create_graph=True)[0].norm().backward()
@@ -109,7 +110,7 @@ def test_a_penalty_on_gradients_is_refused() -> None:
 def test_function_transforms_are_refused() -> None:
     model = nn.Linear(5, 3)
     dp = engine(model)
-    with pytest.raises(PrivacyError, match="called within torch.func"):
+    with pytest.raises(PrivacyError, match=r"called within torch\.func"):
         torch.func.jacrev(model)(torch.randn(4, 5))
     with dp.public():
         torch.func.jacrev(model)(torch.randn(4, 5))
@@ -132,3 +133,31 @@ def test_recomputed_parts_as_wide_as_the_batch(strategy: str) -> None:
     for _ in range(3):
         dp.backward(model(torch.randn(8, 5)).sum())
         dp.optimizer.step()
+
+
+def test_complex_weights_are_views_of_real_parameters() -> None:
+    """As in Fourier neural operators; they were refused as ordinary gradients."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        modes = torch.einsum("bix,iox->box", torch.fft.rfft(x), torch.view_as_complex(m.weight))
+        return torch.fft.irfft(modes, n=6)
+
+    torch.manual_seed(0)
+    check(Fn(run, weight=(3, 2, 4, 2)).double(), [draw(4, 3, 6)])
+    with pytest.raises(PrivacyError, match=r"'weight' is complex; .*view_as_complex"):
+        engine(nn.Linear(5, 3, dtype=torch.complex64))
+
+
+def test_parameters_are_set_even_if_they_are_as_long_as_the_batch() -> None:
+    """`p.data = x`, which `model.to()` does too, was lost where x had as many rows as the batch."""
+    model = nn.Linear(5, 8)
+    dp = engine(model)
+    model(torch.randn(8, 5)).sum().backward()
+    dp.optimizer.step()
+    model.weight.data = torch.ones(8, 5)
+    model.weight.grad = torch.full((8, 5), 2.0)
+    assert model.weight.eq(1).all()
+    assert model.weight.grad.eq(2).all()
+    model.double()
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    model(torch.randn(8, 5, dtype=torch.float64)).sum().backward()
