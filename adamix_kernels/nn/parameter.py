@@ -67,9 +67,9 @@ _PRIVATE = (PrivateParameter, Derived)  # asking a tuple is faster than asking a
 _PLAIN = {
     *(
         getattr(Tensor, name).__get__
-        for name in "shape dtype device grad requires_grad data is_leaf layout ndim grad_fn _version _base".split()
+        for name in ("is_cuda", *"shape dtype device grad requires_grad data is_leaf layout ndim grad_fn".split())
     ),
-    Tensor.is_cuda.__get__,
+    *(getattr(Tensor, name).__get__ for name in ("_version", "_base")),
     *(getattr(Tensor, name).__set__ for name in "data grad requires_grad".split()),  # not of a detached one
     Tensor.size,
     Tensor.dim,
