@@ -10,11 +10,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from adamix_kernels.nn.errors import PrivacyError
 from adamix_kernels.nn.factors import Factors, PerSample, StackedFactors
 from adamix_kernels.nn.parameter import Private, bases
 from adamix_kernels.nn.rules import Rules, plain, rule, trains
+from adamix_kernels.nn.rules_generic import by_vmap
 from adamix_kernels.nn.rules_layers import linear, linear_factors
 from adamix_kernels.nn.sequences import samples_first
 from adamix_kernels.nn.tap import joint
@@ -85,6 +87,23 @@ def multi_head_attention_forward(
         mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, masks.is_causal)
     out = _project(rules, mixed.transpose(1, 2).flatten(2), out_proj_weight, out_proj_bias)
     return out.transpose(0, 1), attention
+
+
+@rule(F.scaled_dot_product_attention)
+def scaled_dot_product_attention(rules: Rules, *args: Any, **kwargs: Any) -> Any:
+    """Learned queries, keys, values or an added bias get a row per sample: dropout then is torch's own."""
+    function = F.scaled_dot_product_attention
+    leaves, spec = tree_flatten((args, kwargs))
+    given = [x for x in leaves if isinstance(x, Tensor)]
+    dims, others = max(x.dim() for x in given), [x for x in given if not isinstance(x, Private)]
+    batch = next((x for x in others if x.dim() == dims and x.requires_grad), None)
+    same = [x for x in given if trains(x) and (x.dim() < dims or x.shape[0] == 1 or x.stride(0) == 0)]
+    if batch is None or len(same) != sum(map(trains, given)):
+        return by_vmap(rules, function, args, kwargs)
+    rules.check_batch(batch, "scaled_dot_product_attention()", *same)
+    leaves = [rules.rows(x, dims, len(batch)) if trains(x) else plain(x) for x in leaves]
+    args, kwargs = tree_unflatten(leaves, spec)
+    return function(*args, **kwargs)
 
 
 def _check(rules: Rules, inputs: Sequence[Tensor], others: Sequence[Any], targets: Sequence[Any]) -> None:

@@ -103,6 +103,11 @@ def check_free(model: nn.Module) -> None:
             raise PrivacyError(
                 f"model: parameter {name!r} belongs to another DPEngine; call detach() on that one first"
             )
+        if parameter.is_complex():
+            raise PrivacyError(
+                f"model: parameter {name!r} is complex; only real ones are supported, keep it as one of [*, 2] and "
+                "take torch.view_as_complex() of it"
+            )
         if type(parameter) is not nn.Parameter:
             raise PrivacyError(
                 f"model: parameter {name!r} is a {type(parameter).__name__}; only plain torch.nn.Parameter is supported"

@@ -19,7 +19,7 @@ from adamix_kernels.nn.clipping import Threshold, checked, factors, larger
 from adamix_kernels.nn.errors import PrivacyError
 from adamix_kernels.nn.hooks import Hook, ZeroGrad
 from adamix_kernels.nn.metrics import Metrics
-from adamix_kernels.nn.parameter import PrivateParameter
+from adamix_kernels.nn.parameter import PrivateParameter, storage
 from adamix_kernels.nn.passes import Passes
 from adamix_kernels.nn.probe import tell_apart
 from adamix_kernels.nn.rules import Rules
@@ -48,6 +48,7 @@ class DPEngine:
         loss_reduction: "mean" if the loss is the mean over the samples of a batch, "sum" if their sum. A mean over
             something else, such as the tokens that are not padding, depends on other samples: use a sum.
         loss_scale: what the loss was multiplied with before backward(), for float16; a power of 2.
+            A GradScaler is no use: it looks at gradients before the step, where there are none.
         joint_forwards: whether one backward pass may go through several forward passes of the model, whose rows b then
             are one sample, such as both sides of a pair. Without it that is an error.
         noise: its source; None takes a key of the operating system.
@@ -204,8 +205,13 @@ class DPEngine:
             check_labels(kwargs)
         self._watch()
         found = [x for x in tree_leaves((args, dict(kwargs))) if isinstance(x, Tensor) and x.dim() > 0]
+        if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in found):
+            raise PrivacyError(
+                "model: called within torch.func, whose gradients are not clipped; for public rows do it within "
+                "public(), or use torch.autograd.grad() for gradients of the inputs"
+            )
         self.batch_size = found[0].shape[0] if found else None
-        self.input_storages = {x.untyped_storage().data_ptr() for x in found if x.shape[0] == self.batch_size}
+        self.input_storages = {storage(x) for x in found if x.shape[0] == self.batch_size}
         self._forwards += 1
         self.forward_number = self._forwards
 

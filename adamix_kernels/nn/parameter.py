@@ -69,9 +69,12 @@ _SETS_GRAD = {_GRAD.__set__, _GRAD.__delete__}
 
 #: What tells of a tensor, or changes it, but computes nothing of its values.
 _PLAIN = {
-    getattr(Tensor, name).__get__
-    for name in "shape dtype device grad requires_grad data is_leaf layout ndim grad_fn _version _base is_cuda".split()
-} | {
+    *(
+        getattr(Tensor, name).__get__
+        for name in ("is_cuda", *"shape dtype device grad requires_grad data is_leaf layout ndim grad_fn".split())
+    ),
+    *(getattr(Tensor, name).__get__ for name in ("_version", "_base")),
+    *(getattr(Tensor, name).__set__ for name in "data grad requires_grad".split()),  # not of a detached one
     Tensor.size,
     Tensor.dim,
     Tensor.numel,
@@ -84,11 +87,15 @@ _PLAIN = {
 }
 
 
+#: Engines whose model runs with one sample more, also without gradients: a part may be recomputed with them.
+probing: set[int] = set()
+
+
 def _dispatch(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     with torch._C.DisableTorchFunctionSubclass():
-        if torch.is_grad_enabled() and func not in _PLAIN:
+        if func not in _PLAIN and (torch.is_grad_enabled() or probing):
             engine = next((x._dp_engine for x in tensors(args, kwargs) if isinstance(x, _PRIVATE)), None)
-            if engine is not None and not engine.is_public:
+            if engine is not None and not engine.is_public and (torch.is_grad_enabled() or engine._rules.probing):
                 return engine._rules.use(func, args, kwargs)
         result = func(*args, **kwargs)
         if func in _THAWS and isinstance(args[0], PrivateParameter):
@@ -107,6 +114,14 @@ def tensors(*values: Any) -> Iterator[Tensor]:
             yield from tensors(*value)
         elif isinstance(value, Mapping):
             yield from tensors(*value.values())
+
+
+def storage(x: Tensor) -> int:
+    """What views of a tensor have in common; of one that has no storage, such as a sparse one, itself."""
+    try:
+        return x.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):
+        return id(x)
 
 
 def bases(values: Sequence[Tensor]) -> tuple[PrivateParameter, ...]:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from adamix_kernels.nn import parameter
 from adamix_kernels.nn.errors import PrivacyError
-from adamix_kernels.nn.parameter import tensors
+from adamix_kernels.nn.parameter import storage, tensors
 
 if TYPE_CHECKING:
     from adamix_kernels.nn.engine import DPEngine
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
 def tell_apart(engine: DPEngine, module: nn.Module, args: Any, kwargs: Any) -> None:
     """Run the forward pass again with the last sample twice: every rule checks dimension 0 against that size.
 
-    It happens only where an input of a parameter has a second dimension of the batch's size and no other batch has told
-    before: for most loops at the first forward pass or never.
+    It happens only where an input of a parameter has a second dimension of the batch's size, or was computed without a
+    gradient and may hold no samples, and no other batch has told before: for most loops at the first forward pass or
+    never. Nothing is kept for a backward pass.
     """
     rules, samples = engine._rules, engine.batch_size or 0
     doubtful = rules.doubtful - rules.told
@@ -37,19 +39,25 @@ def tell_apart(engine: DPEngine, module: nn.Module, args: Any, kwargs: Any) -> N
     cause: Exception | None = None
     with _undone(engine, module):
         engine.batch_size = samples + 1
-        engine.input_storages = {x.untyped_storage().data_ptr() for x in tensors(args, kwargs)}
+        engine.input_storages = {storage(x) for x in tensors(args, kwargs)}
         try:
-            module.forward(*args, **kwargs)
+            with torch.autograd.graph.saved_tensors_hooks(lambda _: None, _lost):
+                module.forward(*args, **kwargs)
         except Exception as error:  # whatever the model makes of a wrong shape
             cause = error
     left = doubtful if cause is not None else doubtful - rules.told
     if left:
         names = ", ".join(repr(name) for name in sorted({name for name, _ in left}))
         raise PrivacyError(
-            f"{names}: its batch has {samples} samples and its input another dimension of that size; with one sample "
-            f"more the model {'fails' if cause else 'uses it otherwise'}, so it is not known which is the batch. It "
-            "must be dimension 0 wherever a trainable parameter is used; if it is, begin with a batch of another size"
+            f"{names}: its batch has {samples} samples and its input another dimension of that size, or no gradient; "
+            f"with one sample more the model {'fails' if cause else 'uses it otherwise'}, so it is not known which is "
+            "the batch. It must be dimension 0 wherever a trainable parameter is used; if it is, begin with a batch of "
+            "another size, and let the model take one sample more; constants belong into buffers"
         ) from cause
+
+
+def _lost(_: Any) -> Tensor:
+    raise RuntimeError("a forward pass that only tells the batch apart keeps nothing for a backward pass")
 
 
 @contextmanager
@@ -61,11 +69,13 @@ def _undone(engine: DPEngine, module: nn.Module) -> Iterator[None]:
     buffers = [(b, b._version, b.clone()) for b in module.buffers()]
     devices = {p.device.index for p in module.parameters() if p.device.type == "cuda"}
     rules.probing = True
+    parameter.probing.add(id(engine))
     try:
         with torch.random.fork_rng([d for d in devices if d is not None]):
             yield
     finally:
         engine.batch_size, engine.input_storages, rules.probing = size, storages, False
+        parameter.probing.discard(id(engine))
         passes._expected = expected
         with torch.no_grad():
             for buffer, version, value in buffers:

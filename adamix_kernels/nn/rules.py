@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adamix_kernels.nn.errors import PrivacyError
 from adamix_kernels.nn.factors import PerSample
-from adamix_kernels.nn.parameter import Private, bases, derive, names, tensors
+from adamix_kernels.nn.parameter import Private, bases, derive, names, storage, tensors
 from adamix_kernels.nn.tap import Build, rows, tap
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Rules:
 
         if func in TEMPLATES and not isinstance(args[0], Private):
             return func(*args, **kwargs)  # a parameter only tells a type or a shape
-        rows = [x for x in found if self.is_batch(x) and x.is_floating_point()]
+        rows = [x for x in found if self.is_batch(x) and (x.is_floating_point() or x.is_complex())]
         if any(x.requires_grad or self._is_input(x) for x in rows):
             return by_vmap(self, func, args, kwargs)
         if rows:
@@ -104,11 +104,15 @@ class Rules:
         """Whether a tensor is the model's own: no samples, even if it is as large as a batch."""
         if self._buffers_of != self.engine._forwards:
             self._buffers_of = self.engine._forwards
-            self._buffers = {b.untyped_storage().data_ptr() for b in self.engine.model.buffers() if b.numel()}
-        return x.untyped_storage().data_ptr() in self._buffers
+            self._buffers = {storage(b) for b in self.engine.model.buffers() if b.numel()}
+        return storage(x) in self._buffers
+
+    def is_constant(self, x: Any) -> bool:
+        """Whether a tensor is a buffer of the model: what parameters make of it is no sample's."""
+        return isinstance(x, Tensor) and not isinstance(x, Private) and not x.requires_grad and self._is_buffer(x)
 
     def _is_input(self, x: Tensor) -> bool:
-        return x.untyped_storage().data_ptr() in self.engine.input_storages
+        return storage(x) in self.engine.input_storages
 
     def check_no_samples(self, found: Sequence[Tensor], what: str) -> None:
         """What is derived of parameters may not hold samples: their rows could not be told apart any more."""
@@ -153,7 +157,8 @@ class Rules:
     def tell(self, x: Tensor, what: str, *targets: Any) -> None:
         """Doubt a use whose input has another dimension of the batch's size, unless one of another size was seen.
 
-        Sequences `[T, B, D]` would pass for `[B, T, D]` where T = B: `probe` then tells them apart.
+        Sequences `[T, B, D]` would pass for `[B, T, D]` where T = B, and what the model computes of constants alone,
+        such as distances `[T, S]`, for samples: `probe` then tells them apart.
         """
         if self.batch_size is None:
             raise PrivacyError(
@@ -161,8 +166,11 @@ class Rules:
                 "of its methods or parts, with tensors as arguments or in lists and dicts"
             )
         if self.batch_size > 1:
-            sure = self.probing or (x.dim() > 1 and self.batch_size not in x.shape[1:])
-            (self.told if sure else self.doubtful).update((name, what) for name in self._names_of(targets))
+            # what is computed without gradients may be constant: no other use of the parameter may tell of this one
+            outside = x.requires_grad or self._is_input(x) or not torch.is_grad_enabled()
+            sure = self.probing or (outside and x.dim() > 1 and self.batch_size not in x.shape[1:])
+            use = what if outside else f"{what} of what is computed"
+            (self.told if sure else self.doubtful).update((name, use) for name in self._names_of(targets))
 
     def check_normalised(self, x: Tensor, shape: Sequence[int], what: str, *targets: Any) -> None:
         if x.dim() <= len(shape):

@@ -49,11 +49,11 @@ def elementwise(rules: Rules, function: Callable[..., Any], args: Sequence[Any],
     given = [x for x in leaves if isinstance(x, Tensor)]
     shape = torch.broadcast_shapes(*(x.shape for x in given))
     others = [x for x in given if not isinstance(x, Private)]
-    with_rows = [x for x in others if x.dim() == len(shape) and x.shape[:1] == shape[:1]]
+    with_rows = [x for x in others if x.dim() == len(shape) > 0 and x.shape[:1] == shape[:1]]
     targets = [x for x in given if isinstance(x, Private)]
     if _in_place(function) and isinstance(args[0], Private):
         raise PrivacyError(f"{rules.names(targets)}: {what} changes it in place")
-    covers = [x for x in targets if x.dim() == len(shape) and x.shape[0] != 1 and x.stride(0) != 0]
+    covers = [x for x in targets if x.dim() == len(shape) > 0 and x.shape[0] != 1 and x.stride(0) != 0]
     if not any(rules.is_batch(x) for x in with_rows) or (covers and not any(x.requires_grad for x in others)):
         if any(x.requires_grad for x in others):
             raise PrivacyError(

@@ -69,14 +69,14 @@ def _linear(rules: Rules, input: Tensor, weight: Any, bias: Any, transposed: boo
 
 @rule(F.linear)
 def linear(rules: Rules, input: Any, weight: Any, bias: Any = None) -> Any:
-    if isinstance(input, Private):
+    if isinstance(input, Private) or rules.is_constant(input):
         return rules.derive(F.linear(input, weight, bias), input, weight, bias)
     return _linear(rules, input, weight, bias, False, "linear()")
 
 
 @rule(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
 def matmul(rules: Rules, input: Any, other: Any) -> Any:
-    if isinstance(input, Private) and isinstance(other, Private):
+    if all(isinstance(x, Private) or rules.is_constant(x) for x in (input, other)):
         return rules.derive(torch.matmul(input, other), input, other)
     if not isinstance(other, Private) or other.dim() != 2 or input.dim() < 2:
         return by_vmap(rules, torch.matmul, (input, other), {})
@@ -196,7 +196,7 @@ def layer_norm(
     rules: Rules, input: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
 ) -> Any:
     shape = tuple(normalized_shape)
-    if isinstance(input, Private):
+    if isinstance(input, Private) or rules.is_constant(input):
         return rules.derive(F.layer_norm(input, shape, weight, bias, eps), input, weight, bias)
     rules.check_normalised(input, shape, "layer_norm()", weight, bias)
     out = F.layer_norm(input, shape, plain(weight), plain(bias), eps)
@@ -206,7 +206,7 @@ def layer_norm(
 @rule(F.rms_norm)
 def rms_norm(rules: Rules, input: Any, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> Any:
     shape = tuple(normalized_shape)
-    if isinstance(input, Private):
+    if isinstance(input, Private) or rules.is_constant(input):
         return rules.derive(F.rms_norm(input, shape, weight, eps), input, weight)
     rules.check_normalised(input, shape, "rms_norm()", weight)
     out = F.rms_norm(input, shape, plain(weight), eps)

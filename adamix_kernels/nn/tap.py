@@ -7,12 +7,12 @@ becomes factors of per-sample gradients.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from adamix_kernels.nn.errors import PrivacyError
 from adamix_kernels.nn.factors import Factors
@@ -58,6 +58,21 @@ def _executes(node: Any, targets: Sequence[Tensor]) -> bool:
         ) from None
 
 
+def _once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuses create_graph=True: a penalty on gradients would silently lack its part of the weights' gradient."""
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *grads: Any) -> Any:
+        if torch.is_grad_enabled():
+            raise PrivacyError(
+                f"{names(ctx.use.targets)}: gradients are taken with create_graph=True, and second derivatives have no "
+                "rule; leave it off, or freeze the parameter"
+            )
+        return backward(ctx, *grads)
+
+    return run
+
+
 class Tap(torch.autograd.Function):
     """`out`, which nobody else holds yet, with the targets in its history."""
 
@@ -70,7 +85,7 @@ class Tap(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx: Any, grad: Tensor | None) -> Any:
         if grad is not None:
             ctx.use.receive([node for node, _ in ctx.next_functions[-len(ctx.use.targets) :]], ctx.saved_tensors, grad)
@@ -87,7 +102,7 @@ class Joint(torch.autograd.Function):
         return tuple(out.detach() for out in tensors[:count])  # autograd refuses several in place
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx: Any, *grads: Tensor) -> Any:
         nodes = [node for node, _ in ctx.next_functions[-len(ctx.use.targets) :]]
         ctx.use.receive(nodes, ctx.saved_tensors, grads)
@@ -104,7 +119,7 @@ class Rows(torch.autograd.Function):
         return target.detach().expand(shape)
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx: Any, grad: Tensor | None) -> Any:
         if grad is not None:
             ctx.use.receive([ctx.next_functions[-1][0]], [], grad)
