@@ -97,6 +97,15 @@ def check_parameters(model: nn.Module, optimizer: Any, owned: set[int] | None = 
         )
 
 
+def check_grads(trained: Sequence[tuple[str, nn.Parameter]], known: set[str]) -> None:
+    for name, parameter in trained:
+        if parameter.grad is not None and name not in known:
+            raise PrivacyError(
+                f"parameter {name!r} has a .grad that came neither from public() nor from a step, and may hold private "
+                "samples without noise; set it within public() if it does not"
+            )
+
+
 def check_free(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if isinstance(parameter, PrivateParameter):

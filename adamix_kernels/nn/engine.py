@@ -14,7 +14,15 @@ from torch.utils._pytree import tree_leaves
 from adamix_kernels.nn import attention as _attention  # noqa: F401  attaches rules
 from adamix_kernels.nn import recurrent as _recurrent  # noqa: F401
 from adamix_kernels.nn import rules_layers as _rules_layers  # noqa: F401
-from adamix_kernels.nn.checks import check_free, check_labels, check_modules, check_parameters, check_settings, mixing
+from adamix_kernels.nn.checks import (
+    check_free,
+    check_grads,
+    check_labels,
+    check_modules,
+    check_parameters,
+    check_settings,
+    mixing,
+)
 from adamix_kernels.nn.clipping import Threshold, checked, factors, larger
 from adamix_kernels.nn.errors import PrivacyError
 from adamix_kernels.nn.hooks import Hook, ZeroGrad
@@ -51,6 +59,7 @@ class DPEngine:
             A GradScaler is no use: it looks at gradients before the step, where there are none.
         joint_forwards: whether one backward pass may go through several forward passes of the model, whose rows b then
             are one sample, such as both sides of a pair. Without it that is an error.
+        measure_signal: whether `metrics()` is to tell the signal to noise, which reads the sums once more in each step.
         noise: its source; None takes a key of the operating system.
 
     The privacy of a step is that of one Gaussian mechanism with `noise_multiplier`, for adding or removing one sample.
@@ -102,6 +111,7 @@ class DPEngine:
         self._forwards = 0
         self._public = 0
         self._pulls = 0
+        self._known_grads: set[str] = set()  # parameters whose .grad is of public rows, or of a step
         self._sums: dict[str, Tensor] = {}  # of whole backward passes since the last step, over ..
         self._divisor = self.expected_batch_size  # .. what it was when the first began
         self._staged: dict[str, Tensor] = {}  # of the one that runs now: if it fails they are dropped
@@ -160,7 +170,9 @@ class DPEngine:
                     parameter._dp_guarded = True
 
     def _refuse(self, name: str, grad: Tensor | None) -> None:
-        if grad is not None and not (self._public or self._pulls):
+        if grad is not None and self._public:
+            self._known_grads.add(name)
+        elif grad is not None and not self._pulls:
             raise PrivacyError(
                 f"parameter {name!r} gets an ordinary gradient, which no rule has clipped. If the rows are public, run "
                 "forward() and backward() within public(); if it is used by a compiled function or through indexing, "
@@ -290,6 +302,7 @@ class DPEngine:
         limit = functools.reduce(larger, limits)
         with torch._C.DisableTorchFunctionSubclass():
             trained = [(name, p) for name, p in self._owned if p.requires_grad]
+            check_grads(trained, self._known_grads)
             sums = [self._sums[name] if name in self._sums else _zeros(p) for name, p in trained]
             if self._sums and self._divisor != self.expected_batch_size:
                 torch._foreach_mul_(sums, self._divisor / self.expected_batch_size)
@@ -300,6 +313,7 @@ class DPEngine:
             for (_, p), total in zip(trained, sums, strict=True):
                 grad = total.to(p.dtype)
                 p.grad = grad if p.grad is None else p.grad.add_(grad)
+        self._known_grads = {name for name, _ in trained}
         self._forget()
         self._passes.forget_forwards()
         self.batch_size = None  # parts of the model that are called alone would be taken for the last batch
@@ -315,13 +329,19 @@ class DPEngine:
         """The optimizer's own, which also drops the sums of backward passes since the last step."""
         with torch._C.DisableTorchFunctionSubclass():
             self._zero_grad(set_to_none)
+            self._known_grads &= {name for name, p in self._owned if p.grad is not None}
         self._forget()
 
-    def _drop(self, parameter: PrivateParameter) -> None:
-        """Its `.grad` was set to None."""
-        self._sums.pop(parameter._dp_name, None)
+    def _grad_set(self, parameter: PrivateParameter) -> None:
+        """Its `.grad` was assigned."""
+        if parameter.grad is None:
+            self._sums.pop(parameter._dp_name, None)
+            self._known_grads.discard(parameter._dp_name)
+        elif self._public:
+            self._known_grads.add(parameter._dp_name)
 
     def _drop_all(self) -> None:
+        self._known_grads.clear()
         self._passes.drop()  # which an adapter may have put in place of the first
 
     def _forget(self) -> None:

@@ -100,8 +100,8 @@ def _dispatch(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str
         result = func(*args, **kwargs)
         if func in _THAWS and isinstance(args[0], PrivateParameter):
             args[0]._dp_engine._watch()  # before any use of it
-        elif func in _SETS_GRAD and isinstance(args[0], PrivateParameter) and args[0].grad is None:
-            args[0]._dp_engine._drop(args[0])
+        elif func in _SETS_GRAD and isinstance(args[0], PrivateParameter):
+            args[0]._dp_engine._grad_set(args[0])
         return result
 
 

@@ -186,3 +186,19 @@ def test_backward_passes_at_the_same_time() -> None:
     for thread in threads:
         thread.join()
     assert norm(step(dp)) <= 0.7 * (8 - len(failed)) * (1 + 1e-5)
+
+
+def test_a_gradient_from_elsewhere_is_not_stepped() -> None:
+    """As torch.func.grad or a hand would leave it: nothing has clipped it."""
+    dp = engine(classifier(), noise_multiplier=1.0)
+    name, parameter = next(iter(dp.model.named_parameters()))
+    parameter.grad = torch.ones_like(parameter)
+    with pytest.raises(PrivacyError, match=f"{name!r} has a .grad that came neither"):
+        dp.optimizer.step()
+    dp.optimizer.zero_grad()
+    with dp.public():
+        parameter.grad = torch.ones_like(parameter)
+    dp.optimizer.step()
+    x, y = batch()
+    F.cross_entropy(dp.model(x), y).backward()
+    dp.optimizer.step()  # onto the released gradient of the step before, as without an engine
