@@ -184,7 +184,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
             max_grad_norm=1.0,
             noise_multiplier=noise_multiplier,
             expected_batch_size=1,  # set in each step
-            strategy="per_layer" if isinstance(limits, Mapping) else "book_keeping",
+            strategy="per_layer" if isinstance(limits, Mapping) else "auto",
             loss_reduction=loss_reduction,
             noise=Noise(seed, "secure" if self.secure_mode else "fast"),
         )

@@ -51,7 +51,8 @@ class DPEngine:
         strategy: "book_keeping" keeps activations and backprops of every layer until the norms are known: one
             backward pass. "two_pass" needs the least memory and a second pass: call `dp.backward(loss)`. "per_layer"
             clips each layer by itself, within the backward pass. "materialize" makes all per-sample gradients.
-            "auto" is "book_keeping".
+            "auto" is "book_keeping" that keeps a layer's per-sample gradients instead where they are smaller than its
+            activations and backprops, as the last two do too; `validate` prints what each would take.
         clipping: "flat" clips samples above the threshold; "automatic" normalises every sample (Bu et al. 2022).
         loss_reduction: "mean" if the loss is the mean over the samples of a batch, "sum" if their sum. A mean over
             something else, such as the tokens that are not padding, depends on other samples: use a sum.
@@ -95,7 +96,7 @@ class DPEngine:
         check_parameters(model, optimizer)
         self.model, self.optimizer = model, optimizer
         self.noise_multiplier, self.expected_batch_size = float(noise_multiplier), float(expected_batch_size)
-        self.strategy = "book_keeping" if strategy == "auto" else strategy
+        self.strategy = strategy
         self.clipping, self.loss_reduction, self.loss_scale = clipping, loss_reduction, float(loss_scale)
         self.joint_forwards, self.measure_signal = joint_forwards, measure_signal
         self.noise = Noise() if noise is None else noise
@@ -207,7 +208,7 @@ class DPEngine:
     @property
     def keeps_factors(self) -> bool:
         """Whether gradients wait for the norms of all layers."""
-        return self.strategy in ("book_keeping", "materialize")
+        return self.strategy in ("auto", "book_keeping", "materialize")
 
     def _before_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if not torch.is_grad_enabled() or self.is_public:

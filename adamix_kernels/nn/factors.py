@@ -119,13 +119,6 @@ class ConvFactors:
     def grad_sample(self) -> list[Tensor]:
         return _with_bias(*conv_grad_sample(self.activations, self.backprops, **self.shape, bias=self.bias))
 
-    def smaller(self) -> Factors:
-        """The gradients themselves where they are smaller, and their products are then made once instead of twice."""
-        outputs, inputs = self.backprops.shape[1], self.activations.shape[1] // self.shape["groups"]
-        count = self.samples * outputs * inputs * math.prod(self.shape["kernel_size"])
-        small = count <= self.activations.numel() + self.backprops.numel()
-        return PerSample(self.grad_sample()) if small and self.activations.device.type == "cpu" else self
-
 
 @dataclass
 class EmbeddingFactors:
@@ -198,3 +191,17 @@ class StackedFactors:
 
     def grad_sample(self) -> list[Tensor]:
         return [torch.cat(grads, 1) for grads in zip(*(part.grad_sample() for part in self.slices), strict=True)]
+
+
+def smaller(factors: Factors) -> Factors:
+    """The gradients themselves where they are smaller than the factors: also faster, products are made only once."""
+    if not isinstance(factors, LinearFactors | ConvFactors | ScaleShiftFactors):
+        return factors
+    a, g = factors.activations, factors.backprops
+    if isinstance(factors, ConvFactors):
+        weights = g.shape[1] * a.shape[1] // factors.shape["groups"] * math.prod(factors.shape["kernel_size"])
+        able = a.device.type == "cpu"  # on others the op runs on its reference
+    else:
+        weights = g.shape[-1] * (a.shape[-1] if isinstance(factors, LinearFactors) else 1)
+        able = g.dtype in (torch.float32, torch.float64)  # a product of two halves would be rounded to one
+    return PerSample(factors.grad_sample()) if able and len(g) * weights <= a.numel() + g.numel() else factors

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from adamix_kernels.nn.combine import combine, gathered
 from adamix_kernels.nn.errors import PrivacyError
-from adamix_kernels.nn.factors import Factors, PerSample
+from adamix_kernels.nn.factors import Factors, PerSample, smaller
 from adamix_kernels.nn.parameter import Derived, PrivateParameter, names
 
 if TYPE_CHECKING:
@@ -153,6 +153,8 @@ class Passes:
         factors = build()
         if self._engine.strategy == "materialize":
             factors = PerSample(factors.grad_sample())
+        elif self._engine.strategy != "book_keeping":
+            factors = smaller(factors)
         plain = tuple(target for target in targets if isinstance(target, PrivateParameter))
         if len(plain) == len(targets):
             return [(plain, factors)]

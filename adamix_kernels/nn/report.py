@@ -74,13 +74,10 @@ class Report:
         widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [head, *rows]]
         memory = ", ".join(f"{name} {mebi(size)}" for name, size in self.memory.items())
-        smaller = sum(row.sample_bytes < row.factor_bytes for row in self.parameters if row.together_with is None)
         return "\n".join(
             [
                 *(line.rstrip() for line in lines),
                 f"{self.samples} samples, strategy {self.strategy!r}. Memory for gradients: {memory}",
-                "'auto' is 'book_keeping', the only one with a single ordinary backward pass and one threshold; "
-                f"per-sample gradients would be smaller than factors in {smaller} places",
                 *self.notes,
             ]
         )

@@ -119,7 +119,7 @@ def _conv(dims: int, function: Any) -> None:
         def build(saved: Sequence[Tensor], g: Tensor, wanted: Sequence[bool]) -> Factors:
             flags = iter(wanted)
             first, second = with_weight and next(flags), with_bias and next(flags)
-            return ConvFactors(saved[0], g, second, shape).smaller() if first else PerSample([g.flatten(2).sum(2)])
+            return ConvFactors(saved[0], g, second, shape) if first else PerSample([g.flatten(2).sum(2)])
 
         return rules.tap(out, build, [x], weight, bias)
 

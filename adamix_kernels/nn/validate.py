@@ -117,7 +117,8 @@ class _Recorder(Passes):
         one = max((kept_bytes(record.factors) for record in self.found), default=0)
         kept = {x.untyped_storage().data_ptr(): size_of(x) for r in self.found for x in held(r.factors)}
         made = sum(sample_bytes(r.factors.samples, p) for r in self.found for p in r.parameters)
-        return {"book_keeping": sum(kept.values()), "materialize": made, "two_pass": one, "per_layer": one}
+        name = "auto" if self._engine.strategy == "auto" else "book_keeping"
+        return {name: sum(kept.values()), "materialize": made, "two_pass": one, "per_layer": one}
 
 
 class _Oracle:

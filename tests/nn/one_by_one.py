@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from adamix_kernels.nn import DPEngine
 
 SEED = 5
-STRATEGIES = ("book_keeping", "per_layer", "materialize", "two_pass")
+STRATEGIES = ("auto", "book_keeping", "per_layer", "materialize", "two_pass")
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 NORM_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}  # norms are float32, rounded up
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from adamix_kernels import DPEngine
 
-STRATEGIES = ["book_keeping", "two_pass", "per_layer", "materialize"]
+STRATEGIES = ["auto", "book_keeping", "two_pass", "per_layer", "materialize"]
 
 
 def classifier(dtype: torch.dtype = torch.float64) -> nn.Module:

@@ -50,7 +50,7 @@ def loss(dp: DPEngine, data: tuple[Tensor, Tensor]) -> Tensor:
         (
             ValueError,
             {"max_grad_norm": {"0": 1.0}},
-            "max_grad_norm: is a dict with strategy='book_keeping'; pass one number",
+            "max_grad_norm: is a dict with strategy='auto'; pass one number",
         ),
         (
             ValueError,

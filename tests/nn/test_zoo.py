@@ -15,7 +15,7 @@ from zoo import ZOO, inputs, losses, model, one_by_one
 
 from adamix_kernels import DPEngine
 
-STRATEGIES = ("book_keeping", "two_pass", "materialize", "per_layer")
+STRATEGIES = ("auto", "book_keeping", "two_pass", "materialize", "per_layer")
 SAMPLES = 6
 #: Clipping factors are float32: of a float64 sum no more can be asked once a sample is clipped.
 FACTOR = 2.0**-22

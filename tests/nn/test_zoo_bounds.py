@@ -16,6 +16,7 @@ from adamix_kernels import DPEngine
 C = 0.7
 SLACK = 1 + 1e-5
 MODES = [
+    {"strategy": "auto"},
     {"strategy": "book_keeping"},
     {"strategy": "two_pass"},
     {"strategy": "materialize"},
