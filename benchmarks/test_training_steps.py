@@ -56,12 +56,12 @@ def check(work: Work, x: Tensor, y: Tensor, materialise: bool) -> None:
             continue
         found = gradients(contender, start)
         error = max(float((f - t).abs().max()) for f, t in zip(found, truth, strict=True)) / scale
-        assert error < 1e-3, f"{name} is off by {error:.3g} of the largest element"
+        assert error < 2e-4, f"{name} is off by {error:.3g} of the largest element"
 
 
 @pytest.mark.parametrize("name", WORKS)
 def test_training_step(benchmark: Any, capsys: Any, name: str) -> None:
-    torch.manual_seed(1)  # with 0 a ReLU of the MLP is so near 0 that float32 has it on the other side, for all
+    torch.manual_seed(2)  # with others a ReLU of the MLP is so near 0 that float32 has it on the other side
     work = WORKS[name]
     x, y = work.batch()
     check(work, x, y, True)
