@@ -65,6 +65,8 @@ class DPEngine:
 
     The privacy of a step is that of one Gaussian mechanism with `noise_multiplier`, for adding or removing one sample.
     Between two steps each sample may take part in one backward pass. Micro-batches simply call backward() more often.
+    What cannot be seen from here is the caller's: the loss of a sample must not depend on other samples (no contrastive
+    terms, mixing or normalising across the batch), nor the way through the model on their values.
 
     Raises:
         PrivacyError: at once, or in the forward or backward pass, for what cannot be made private, with the remedy.

@@ -145,6 +145,8 @@ def by_vmap(rules: Rules, function: Callable[..., Any], args: Sequence[Any], kwa
     _check_rows(rules, function, spec, fixed, batch, out, targets)
     rules.tell(max((leaves[i] for i in batch), key=Tensor.dim), what, *targets)
     fixed = _placed(fixed, batch, [None] * len(batch))  # they are saved by autograd, not here
+    kind = out.device.type
+    casts, half = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
 
     def build(saved: Sequence[Tensor], g: Tensor, wanted: Sequence[bool]) -> PerSample:
         slots = [place for place, want in zip(places, wanted, strict=True) if want]
@@ -155,7 +157,8 @@ def by_vmap(rules: Rules, function: Callable[..., Any], args: Sequence[Any], kwa
         def of_one(g: Tensor, *samples: Tensor) -> Any:
             def run(*inputs: Tensor) -> Tensor:
                 values = _placed(fixed, [*batch, *slots], [*(x[None] for x in samples), *inputs])
-                return _call(function, spec, values)
+                with torch.autocast(kind, half, enabled=casts):  # as in the forward pass
+                    return _call(function, spec, values)
 
             return torch.func.vjp(run, *weights)[1](g[None])
 

@@ -161,3 +161,18 @@ def test_parameters_are_set_even_if_they_are_as_long_as_the_batch() -> None:
     model.double()
     assert {p.dtype for p in model.parameters()} == {torch.float64}
     model(torch.randn(8, 5, dtype=torch.float64)).sum().backward()
+
+
+def test_a_function_without_a_rule_under_autocast() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ConvTranspose2d(3, 2, 3), nn.Flatten(), nn.Linear(72, 2))
+    x, limit = torch.randn(4, 2, 6, 6), 0.5
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    DPEngine(model, optimizer, max_grad_norm=limit, noise_multiplier=0.0, expected_batch_size=1.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(x).square().sum(1).mean()
+    loss.backward()
+    optimizer.step()
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    assert len(grads) == 6 and all(g.dtype == torch.float32 and g.abs().max() > 0 for g in grads)
+    assert torch.stack([g.norm() for g in grads]).norm() <= 4 * limit * (1 + 1e-5)
