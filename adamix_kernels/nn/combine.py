@@ -18,14 +18,13 @@ Record = tuple[tuple[PrivateParameter, ...], Factors]
 
 def combine(records: Sequence[Record]) -> list[Record]:
     """The same gradients, each parameter in one record only: the norm is that of the sum over its uses."""
-    parts: list[list[Record]] = []
+    part_of: dict[int, list[Record]] = {}  # by parameter: the records that it joins, the same list for all of them
     for record in records:
-        ids = {id(p) for p in record[0]}
-        shares = [any(ids & {id(p) for p in ps} for ps, _ in part) for part in parts]
-        joined = [part for part, share in zip(parts, shares, strict=True) if share]
-        parts = [part for part, share in zip(parts, shares, strict=True) if not share]
-        parts.append([*(record for part in joined for record in part), record])
-    return [part[0] if len(part) == 1 else _join(part) for part in parts]
+        joined = {id(part): part for p in record[0] if (part := part_of.get(id(p))) is not None}
+        part = [*(earlier for part in joined.values() for earlier in part), record]
+        part_of.update((id(p), part) for ps, _ in part for p in ps)
+    parts = {id(part): part for part in part_of.values()}
+    return [part[0] if len(part) == 1 else _join(part) for part in parts.values()]
 
 
 def gathered(records: Sequence[Record]) -> list[Record]:
