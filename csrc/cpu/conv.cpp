@@ -45,8 +45,9 @@ void Box::fill(const T* data, int64_t channels, std::vector<float>& memory) {
       }
 }
 
-void Box::choose(int64_t first, int64_t count, std::vector<Run>& runs) {
+void Box::choose(int64_t first, int64_t count, Columns& columns) const {
   const ConvShape& s = shape_;
+  std::vector<Run>& runs = columns.runs;
   const int64_t most = s.dilation[2] == 1 ? s.kernel[2] : 1;
   runs.clear();
   int64_t w = first % s.kernel[2], h = first / s.kernel[2] % s.kernel[1];
@@ -64,26 +65,26 @@ void Box::choose(int64_t first, int64_t count, std::vector<Run>& runs) {
     d = 0;
     ++c;
   }
-  runs_ = &runs;
-  copied_ = most == 1 || most > kSlack ? 1 : most <= 4 ? 4 : most <= 8 ? 8 : 16;
-  whole_ = 0;
-  while (copied_ > 1 && whole_ < runs.size() && runs[whole_].at + copied_ <= count) ++whole_;
+  columns.copied = most == 1 || most > kSlack ? 1 : most <= 4 ? 4 : most <= 8 ? 8 : 16;
+  columns.whole = 0;
+  while (columns.copied > 1 && columns.whole < runs.size() && runs[columns.whole].at + columns.copied <= count)
+    ++columns.whole;
 }
 
-void Box::copy(int64_t position, int64_t rows, float* out, int64_t stride) const {
+void Box::copy(const Columns& columns, int64_t position, int64_t rows, float* out, int64_t stride) const {
   const ConvShape& s = shape_;
-  const std::vector<Run>& runs = *runs_;
+  const std::vector<Run>& runs = columns.runs;
   ConvShape::Axes at{position / (s.out[1] * s.out[2]) - from_[0], position / s.out[2] % s.out[1] - from_[1],
                      position % s.out[2]};
   for (int64_t row = 0; row < rows; ++row, out += stride) {
     const float* window =
         memory_ + (at[0] * s.stride[0] * size_[1] + at[1] * s.stride[1]) * size_[2] + at[2] * s.stride[2];
-    if (copied_ == 4)
-      copy_runs<4>(runs, whole_, window, out);
-    else if (copied_ == 8)
-      copy_runs<8>(runs, whole_, window, out);
-    else if (copied_ == 16)
-      copy_runs<16>(runs, whole_, window, out);
+    if (columns.copied == 4)
+      copy_runs<4>(runs, columns.whole, window, out);
+    else if (columns.copied == 8)
+      copy_runs<8>(runs, columns.whole, window, out);
+    else if (columns.copied == 16)
+      copy_runs<16>(runs, columns.whole, window, out);
     else
       for (const Run& run : runs)
         for (int64_t i = 0; i < run.count; ++i) out[run.at + i] = window[run.offset + i];
@@ -104,7 +105,7 @@ template <class T>
 void Windows::read_as(int64_t sample, int64_t position, int64_t rows, int64_t first, int64_t count, float* out,
                       int64_t stride) const {
   thread_local std::vector<float> memory;
-  thread_local std::vector<Box::Run> runs;
+  thread_local Box::Columns columns;
   const ConvShape& s = shape_;
   const int64_t taps = s.kernel[0] * s.kernel[1] * s.kernel[2], channel = first / taps;
   const int64_t group = groups_.first + sample % groups_.count, all = s.inputs / s.groups;
@@ -112,8 +113,8 @@ void Windows::read_as(int64_t sample, int64_t position, int64_t rows, int64_t fi
   box.fill(static_cast<const T*>(data_) +
                (sample / groups_.count * s.inputs + group * all + channel) * s.size[0] * s.size[1] * s.size[2],
            (first + count - 1) / taps + 1 - channel, memory);
-  box.choose(first - channel * taps, count, runs);
-  box.copy(position, rows, out, stride);
+  box.choose(first - channel * taps, count, columns);
+  box.copy(columns, position, rows, out, stride);
 }
 
 void Windows::read(int64_t sample, int64_t position, int64_t rows, int64_t first, int64_t count, float* out,

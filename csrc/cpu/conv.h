@@ -38,9 +38,15 @@ class Box {
   // Takes the inputs of so many channels, the first at `data`, into memory that is the caller's.
   template <class T>
   void fill(const T* data, int64_t channels, std::vector<float>& memory);
-  // Which columns of the windows `copy` is to give, from those channels on.
-  void choose(int64_t first, int64_t count, std::vector<Run>& runs);
-  void copy(int64_t position, int64_t rows, float* out, int64_t stride) const;
+  // Columns of the windows: the same for every box of those positions.
+  struct Columns {
+    std::vector<Run> runs;
+    size_t whole = 0;    // so many runs may be copied as if they had ..
+    int64_t copied = 1;  // .. so many numbers
+  };
+  // Those from `first` on of the channels that were taken.
+  void choose(int64_t first, int64_t count, Columns& columns) const;
+  void copy(const Columns& columns, int64_t position, int64_t rows, float* out, int64_t stride) const;
 
  private:
   static constexpr int64_t kSlack = 16;
@@ -48,9 +54,6 @@ class Box {
   const ConvShape& shape_;
   ConvShape::Axes from_, corner_, size_;  // output and input positions
   const float* memory_ = nullptr;
-  const std::vector<Run>* runs_ = nullptr;
-  int64_t copied_ = 1;
-  size_t whole_ = 0;
 };
 
 class Windows final : public Source {

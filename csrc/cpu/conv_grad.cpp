@@ -18,7 +18,7 @@ namespace {
 
 struct Workspace {
   std::vector<float> memory, tall, wide, weight, bias;
-  std::vector<Box::Run> runs;
+  std::vector<Box::Columns> columns;  // of each chunk of positions and each panel: the same for all samples
 };
 
 // Backprops [outputs, positions] of the rows, cut into panels of kTall outputs.
@@ -40,7 +40,9 @@ template <class A, class G>
 void one(const A* a, const G* g, const ConvShape& s, float* out, float* bias, Workspace& work) {
   const auto product = outer();
   const int64_t outputs = s.outputs / s.groups, window = s.window(), positions = s.positions();
+  const int64_t panels = (window + kWide - 1) / kWide;
   float tile[kTall * kWide];
+  work.columns.resize((positions + kDepth - 1) / kDepth * panels);
   if (positions == 0) std::fill_n(out, outputs * window, 0.0f);
   for (int64_t from = 0; from < positions; from += kDepth) {
     const int64_t rows = std::min(kDepth, positions - from);
@@ -51,8 +53,9 @@ void one(const A* a, const G* g, const ConvShape& s, float* out, float* bias, Wo
     for (int64_t column = 0; column < window; column += kWide) {
       const int64_t n = std::min<int64_t>(kWide, window - column);
       if (n < kWide) std::fill(work.wide.begin(), work.wide.end(), 0.0f);
-      box.choose(column, n, work.runs);
-      box.copy(from, rows, work.wide.data(), kWide);
+      Box::Columns& columns = work.columns[from / kDepth * panels + column / kWide];
+      if (columns.runs.empty()) box.choose(column, n, columns);
+      box.copy(columns, from, rows, work.wide.data(), kWide);
       for (int64_t o = 0; o < outputs; o += kTall) {
         product(work.tall.data() + o * rows, work.wide.data(), rows, tile);
         for (int64_t r = 0; r < std::min<int64_t>(kTall, outputs - o); ++r) {
