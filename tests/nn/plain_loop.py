@@ -32,6 +32,10 @@ def engine(model: nn.Module, **settings: Any) -> DPEngine:
     )
 
 
+def run(dp: DPEngine, data: tuple[Tensor, Tensor], reduction: str = "mean") -> None:
+    dp.backward(F.cross_entropy(dp.model(data[0]), data[1], reduction=reduction))
+
+
 def step(dp: DPEngine) -> dict[str, Tensor]:
     """What a step releases."""
     dp.optimizer.step()
