@@ -81,6 +81,25 @@ def test_conv_contribution_is_bounded(backend: str, dtype: torch.dtype) -> None:
             assert worst_contribution(norm_sq, clipped) <= BOUND
 
 
+@on_backends(conv_norm_sq)
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_contribution_of_a_small_convolution_is_bounded(kernel: int, backend: str, dtype: torch.dtype) -> None:
+    """Weights so small that the compiled kernels make norm and sum of one sample's gradient after the other."""
+    for factors in samples(dtype, [(64, 20, 20), (300, 18, 20)]):
+        a, g = (x.mT for x in factors)
+        g = g[..., kernel - 1 :]
+
+        def clipped(coef: Tensor, a: Tensor = a, g: Tensor = g) -> Any:
+            return conv_clip_sum(a, g, coef, (kernel,), bias=True)
+
+        with use_backend(backend):
+            norm_sq = conv_norm_sq(a, g, (kernel,), bias=True)
+            assert worst_contribution(norm_sq, clipped) <= BOUND
+        for other in {"torch", "cpp"} - {backend} if dtype == torch.float32 else ():  # whose sums are rounded otherwise
+            with use_backend(other):
+                assert worst_contribution(norm_sq, clipped) <= BOUND
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("method", ["gram", "direct"])
 def test_bound_fails_without_the_guard(method: str, dtype: torch.dtype) -> None:
