@@ -12,6 +12,8 @@ import torch
 from hostile_samples import BOUND, exact_norm_sq, generator, randn, samples, worst_contribution
 from torch import Tensor
 
+from adamix_kernels.nn.combine import TiedFactors
+from adamix_kernels.nn.factors import EmbeddingFactors, LinearFactors
 from adamix_kernels.ops._factored import sum_error
 from adamix_kernels.ops._numerics import round_up
 from adamix_kernels.ops.clip import clip_coef
@@ -98,6 +100,21 @@ def test_contribution_of_a_small_convolution_is_bounded(kernel: int, backend: st
         for other in {"torch", "cpp"} - {backend} if dtype == torch.float32 else ():  # whose sums are rounded otherwise
             with use_backend(other):
                 assert worst_contribution(norm_sq, clipped) <= BOUND
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_contribution_of_a_tied_weight_is_bounded(backend: str, dtype: torch.dtype) -> None:
+    """An embedding that takes back what the linear layer with the same weight gives, but for what rounding leaves."""
+    for scale in (1e-6, 1.0, 1e6, 1e15):
+        for seed, left in enumerate((0.0, 1e-7, 1e-3, -2.0)):
+            h, g = (randn(seed, 8, 5) * scale).to(dtype)[None], randn(seed + 1, 8, 6).to(dtype)[None]
+            back = -(g.double().mT @ h.double()) * (1 + left)
+            lookup = EmbeddingFactors(torch.arange(6)[None], back.to(dtype), 6, None)
+            tied = TiedFactors(LinearFactors(h, g, False), lookup)
+            with use_backend(backend if dtype == torch.float32 else "auto"):
+                norm_sq = tied.norm_sq()
+                assert worst_contribution(norm_sq, tied.clip_sum) <= BOUND
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

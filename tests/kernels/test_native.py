@@ -248,3 +248,17 @@ def test_tracing_takes_the_reference(module: ModuleType) -> None:
     traced = torch.jit.trace(function, torch.ones(2, 3), check_trace=False)
     x = torch.tensor([[3.0, 4.0, 0.0], [1.0, 2.0, 2.0]])
     torch.testing.assert_close(traced(x), torch.tensor([25.0, 9.0]))
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0), (0, 1, 0), (1, 1)])
+def test_parts_that_share_memory_get_the_noise_of_each(order: tuple[int, ...]) -> None:
+    """A part that is written through a copy must not take back what another part of the list has got."""
+    sums = []
+    for backend in ("torch", "cpp"):
+        memory = torch.zeros(12)
+        parts = memory, memory.view(3, 4).T
+        with use_backend(backend):
+            add_gaussian_noise_([parts[i] for i in order], 1.0, Noise(seed=3))
+        sums.append(memory)
+    torch.testing.assert_close(*sums, rtol=1e-6, atol=1e-6)
+    assert sums[0].abs().min() > 0

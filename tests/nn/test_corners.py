@@ -36,7 +36,8 @@ class Tied(nn.Module):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_a_tied_embedding_with_padding(padding_idx: int, bias: bool, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    check(Tied(padding_idx, bias).to(dtype), [IDS], strategies=("auto", "two_pass", "materialize"))
+    strategies = ("auto", "book_keeping", "materialize")  # the second by cross terms
+    check(Tied(padding_idx, bias).to(dtype), [IDS], strategies=strategies)
 
 
 MODELS: dict[str, Callable[[], Any]] = {
