@@ -16,6 +16,15 @@ void copy_runs(const std::vector<Box::Run>& runs, size_t whole, const float* win
   for (; k < runs.size(); ++k) std::memcpy(out + runs[k].at, window + runs[k].offset, runs[k].count * sizeof(float));
 }
 
+// Runs of kCount numbers that follow one another.
+template <int kCount>
+void copy_equal(const std::vector<int64_t>& offsets, const float* window, float* out) {
+  const int64_t* offset = offsets.data();
+  const int64_t runs = offsets.size();
+#pragma GCC unroll 8
+  for (int64_t k = 0; k < runs; ++k) std::memcpy(out + k * kCount, window + offset[k], kCount * sizeof(float));
+}
+
 }  // namespace
 
 Box::Box(const ConvShape& shape, int64_t position, int64_t rows) : shape_(shape) {
@@ -34,6 +43,7 @@ void Box::fill(const T* data, int64_t channels, std::vector<float>& memory) {
   const ConvShape& s = shape_;
   memory.assign(channels * size_[0] * size_[1] * size_[2] + kSlack, 0.0f);
   memory_ = memory.data();
+  step_ = {size_[0] * size_[1] * size_[2], size_[1] * size_[2], size_[2]};
   const int64_t left = std::max<int64_t>(0, -corner_[2]), right = std::min(size_[2], s.size[2] - corner_[2]);
   float* line = memory.data();
   for (int64_t c = 0; c < channels; ++c)
@@ -45,6 +55,18 @@ void Box::fill(const T* data, int64_t channels, std::vector<float>& memory) {
       }
 }
 
+bool Box::inside() const {
+  for (int axis = 0; axis < 3; ++axis)
+    if (corner_[axis] < 0 || corner_[axis] + size_[axis] > shape_.size[axis]) return false;
+  return true;
+}
+
+void Box::view(const float* data) {
+  const ConvShape::Axes& size = shape_.size;
+  step_ = {size[0] * size[1] * size[2], size[1] * size[2], size[2]};
+  memory_ = data + corner_[0] * step_[1] + corner_[1] * step_[2] + corner_[2];
+}
+
 void Box::choose(int64_t first, int64_t count, Columns& columns) const {
   const ConvShape& s = shape_;
   std::vector<Run>& runs = columns.runs;
@@ -54,8 +76,8 @@ void Box::choose(int64_t first, int64_t count, Columns& columns) const {
   int64_t d = first / (s.kernel[2] * s.kernel[1]) % s.kernel[0], c = first / (s.kernel[2] * s.kernel[1] * s.kernel[0]);
   for (int64_t at = 0; at < count;) {
     const int64_t n = most == 1 ? 1 : std::min(most - w, count - at);
-    const int64_t row = (c * size_[0] + d * s.dilation[0]) * size_[1] + h * s.dilation[1];
-    runs.push_back({row * size_[2] + w * s.dilation[2], at, n});
+    const int64_t line = c * step_[0] + d * s.dilation[0] * step_[1] + h * s.dilation[1] * step_[2];
+    runs.push_back({line + w * s.dilation[2], at, n});
     at += n;
     if ((w += n) < s.kernel[2]) continue;
     w = 0;
@@ -69,31 +91,39 @@ void Box::choose(int64_t first, int64_t count, Columns& columns) const {
   columns.whole = 0;
   while (columns.copied > 1 && columns.whole < runs.size() && runs[columns.whole].at + columns.copied <= count)
     ++columns.whole;
+  columns.offsets.clear();
+  if (std::all_of(runs.begin(), runs.end(), [&](const Run& run) { return run.count == columns.copied; }))
+    for (const Run& run : runs) columns.offsets.push_back(run.offset);
 }
 
-void Box::copy(const Columns& columns, int64_t position, int64_t rows, float* out, int64_t stride) const {
+template <class Copy>
+void Box::each(int64_t position, int64_t rows, float* out, int64_t stride, Copy copy) const {
   const ConvShape& s = shape_;
-  const std::vector<Run>& runs = columns.runs;
   ConvShape::Axes at{position / (s.out[1] * s.out[2]) - from_[0], position / s.out[2] % s.out[1] - from_[1],
                      position % s.out[2]};
   for (int64_t row = 0; row < rows; ++row, out += stride) {
-    const float* window =
-        memory_ + (at[0] * s.stride[0] * size_[1] + at[1] * s.stride[1]) * size_[2] + at[2] * s.stride[2];
-    if (columns.copied == 4)
-      copy_runs<4>(runs, columns.whole, window, out);
-    else if (columns.copied == 8)
-      copy_runs<8>(runs, columns.whole, window, out);
-    else if (columns.copied == 16)
-      copy_runs<16>(runs, columns.whole, window, out);
-    else
-      for (const Run& run : runs)
-        for (int64_t i = 0; i < run.count; ++i) out[run.at + i] = window[run.offset + i];
+    copy(memory_ + at[0] * s.stride[0] * step_[1] + at[1] * s.stride[1] * step_[2] + at[2] * s.stride[2], out);
     if (++at[2] < s.out[2]) continue;
     at[2] = 0;
     if (++at[1] + from_[1] < s.out[1]) continue;
     at[1] = -from_[1];
     ++at[0];
   }
+}
+
+void Box::copy(const Columns& columns, int64_t position, int64_t rows, float* out, int64_t stride) const {
+  const auto all = [&](auto most) {
+    constexpr int kMost = decltype(most)::value;
+    if (columns.offsets.empty())
+      each(position, rows, out, stride,
+           [&](const float* x, float* y) { copy_runs<kMost>(columns.runs, columns.whole, x, y); });
+    else
+      each(position, rows, out, stride, [&](const float* x, float* y) { copy_equal<kMost>(columns.offsets, x, y); });
+  };
+  if (columns.copied == 1) all(std::integral_constant<int, 1>());
+  if (columns.copied == 4) all(std::integral_constant<int, 4>());
+  if (columns.copied == 8) all(std::integral_constant<int, 8>());
+  if (columns.copied == 16) all(std::integral_constant<int, 16>());
 }
 
 template void Box::fill(const float*, int64_t, std::vector<float>&);

@@ -38,21 +38,30 @@ class Box {
   // Takes the inputs of so many channels, the first at `data`, into memory that is the caller's.
   template <class T>
   void fill(const T* data, int64_t channels, std::vector<float>& memory);
+  // Instead reads them where they lie, and up to kSlack numbers after them. Only where no window has zeros around.
+  bool inside() const;
+  void view(const float* data);
+  static constexpr int64_t kSlack = 16;
   // Columns of the windows: the same for every box of those positions.
   struct Columns {
     std::vector<Run> runs;
-    size_t whole = 0;    // so many runs may be copied as if they had ..
-    int64_t copied = 1;  // .. so many numbers
+    std::vector<int64_t> offsets;  // of the runs, if they follow one another in equal length `copied`; else none
+    size_t whole = 0;              // so many runs may be copied as if they had ..
+    int64_t copied = 1;            // .. so many numbers
+    bool in_place = false;
   };
   // Those from `first` on of the channels that were taken.
   void choose(int64_t first, int64_t count, Columns& columns) const;
   void copy(const Columns& columns, int64_t position, int64_t rows, float* out, int64_t stride) const;
 
  private:
-  static constexpr int64_t kSlack = 16;
+  // Calls `copy` with each position's window and where it goes.
+  template <class Copy>
+  void each(int64_t position, int64_t rows, float* out, int64_t stride, Copy copy) const;
 
   const ConvShape& shape_;
   ConvShape::Axes from_, corner_, size_;  // output and input positions
+  ConvShape::Axes step_;                  // from a channel, a plane and a line to the next
   const float* memory_ = nullptr;
 };
 

@@ -3,7 +3,6 @@
 
 #include <cmath>
 #include <cstring>
-#include <numeric>
 #include <type_traits>
 
 #include "blocks.h"
@@ -16,84 +15,116 @@
 namespace adamix {
 namespace {
 
+template <class T>
+ADAMIX_INLINE void add_times(T* total, T factor, const float* x, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) total[i] += factor * x[i];
+}
+template <class T>
+void add_portable(T* total, T factor, const float* x, int64_t n) {
+  add_times(total, factor, x, n);
+}
+template <class T>
+ADAMIX_AVX2 void add_avx2(T* total, T factor, const float* x, int64_t n) {
+  add_times(total, factor, x, n);
+}
+template <class T>
+ADAMIX_AVX512 void add_avx512(T* total, T factor, const float* x, int64_t n) {
+  add_times(total, factor, x, n);
+}
+
+// Sums over positions of backprops [outputs, positions].
+template <class T>
+ADAMIX_INLINE void sums(const T* g, int64_t outputs, int64_t positions, float* out) {
+  constexpr int kParts = 16;
+  for (int64_t o = 0; o < outputs; ++o, g += positions) {
+    double parts[kParts] = {};
+    int64_t t = 0;
+    for (; t + kParts <= positions; t += kParts)
+      for (int p = 0; p < kParts; ++p) parts[p] += widen(g[t + p]);
+    for (int p = 0; t < positions; ++t, ++p) parts[p] += widen(g[t]);
+    double all = 0;
+    for (int p = 0; p < kParts; ++p) all += parts[p];
+    out[o] = static_cast<float>(all);
+  }
+}
+template <class T>
+void sums_portable(const T* g, int64_t outputs, int64_t positions, float* out) {
+  sums(g, outputs, positions, out);
+}
+template <class T>
+ADAMIX_AVX2 void sums_avx2(const T* g, int64_t outputs, int64_t positions, float* out) {
+  sums(g, outputs, positions, out);
+}
+template <class T>
+ADAMIX_AVX512 void sums_avx512(const T* g, int64_t outputs, int64_t positions, float* out) {
+  sums(g, outputs, positions, out);
+}
+
+// Some positions of backprops [outputs, positions] as rows of a product, in memory that is the caller's if need be.
+template <class T>
+Tall by_output(const T* g, int64_t outputs, int64_t positions, int64_t rows, std::vector<float>& memory) {
+  if constexpr (std::is_same_v<T, float>) return {g, positions, 1};
+  memory.resize(outputs * rows);
+  for (int64_t o = 0; o < outputs; ++o)
+    for (int64_t t = 0; t < rows; ++t) memory[o * rows + t] = narrow(g[o * positions + t]);
+  return {memory.data(), rows, 1};
+}
+
 struct Workspace {
   std::vector<float> memory, tall, wide, weight, bias;
   std::vector<Box::Columns> columns;  // of each chunk of positions and each panel: the same for all samples
 };
 
-// Backprops [outputs, positions] of the rows, cut into panels of kTall outputs.
-template <class T>
-void pack(const T* g, int64_t outputs, int64_t positions, int64_t rows, std::vector<float>& panels) {
-  panels.resize(round_to(outputs, kTall) * rows);
-  for (int64_t o = 0; o < round_to(outputs, kTall); ++o) {
-    float* out = panels.data() + o / kTall * kTall * rows + o % kTall;
-    const T* x = g + o * positions;
-    if (o < outputs)
-      for (int64_t t = 0; t < rows; ++t) out[t * kTall] = narrow(x[t]);
-    else
-      for (int64_t t = 0; t < rows; ++t) out[t * kTall] = 0;
-  }
-}
-
-// One group of one sample: `out` [outputs, window] and `bias` [outputs] of that group.
+// One group of one sample: `out` [outputs, window] and `bias` [outputs] of that group. `after` numbers follow it.
 template <class A, class G>
-void one(const A* a, const G* g, const ConvShape& s, float* out, float* bias, Workspace& work) {
-  const auto product = outer();
+void one(const A* a, const G* g, int64_t after, const ConvShape& s, float* out, float* bias, Workspace& work) {
   const int64_t outputs = s.outputs / s.groups, window = s.window(), positions = s.positions();
   const int64_t panels = (window + kWide - 1) / kWide;
+  const auto add = pick(add_portable<float>, add_avx2<float>, add_avx512<float>);
   float tile[kTall * kWide];
   work.columns.resize((positions + kDepth - 1) / kDepth * panels);
   if (positions == 0) std::fill_n(out, outputs * window, 0.0f);
   for (int64_t from = 0; from < positions; from += kDepth) {
     const int64_t rows = std::min(kDepth, positions - from);
     Box box(s, from, rows);
-    box.fill(a, s.inputs / s.groups, work.memory);
-    pack(g + from, outputs, positions, rows, work.tall);
+    bool in_place = false;
+    if constexpr (std::is_same_v<A, float>) {
+      in_place = after >= Box::kSlack && box.inside();
+      if (in_place) box.view(a);
+    }
+    if (!in_place) box.fill(a, s.inputs / s.groups, work.memory);
+    const Tall tall = by_output(g + from, outputs, positions, rows, work.tall);
     work.wide.resize(rows * kWide);
     for (int64_t column = 0; column < window; column += kWide) {
       const int64_t n = std::min<int64_t>(kWide, window - column);
       if (n < kWide) std::fill(work.wide.begin(), work.wide.end(), 0.0f);
       Box::Columns& columns = work.columns[from / kDepth * panels + column / kWide];
-      if (columns.runs.empty()) box.choose(column, n, columns);
+      if (columns.runs.empty() || columns.in_place != in_place) box.choose(column, n, columns);
+      columns.in_place = in_place;
       box.copy(columns, from, rows, work.wide.data(), kWide);
       for (int64_t o = 0; o < outputs; o += kTall) {
-        product(work.tall.data() + o * rows, work.wide.data(), rows, tile);
-        for (int64_t r = 0; r < std::min<int64_t>(kTall, outputs - o); ++r) {
-          float* row = out + (o + r) * window + column;
+        const int64_t height = std::min<int64_t>(kTall, outputs - o);
+        const bool whole = n == kWide && from == 0;
+        float* place = out + o * window + column;
+        outer(height)(tall.from(o), work.wide.data(), rows, whole ? place : tile, whole ? window : kWide);
+        for (int64_t r = 0; r < height && !whole; ++r)
           if (from == 0)
-            std::memcpy(row, tile + r * kWide, n * sizeof(float));
+            std::memcpy(place + r * window, tile + r * kWide, n * sizeof(float));
           else
-            for (int64_t i = 0; i < n; ++i) row[i] += tile[r * kWide + i];
-        }
+            add(place + r * window, 1, tile + r * kWide, n);
       }
     }
   }
   if (bias == nullptr) return;
-  constexpr int kParts = 8;
-  for (int64_t o = 0; o < outputs; ++o) {
-    const G* x = g + o * positions;
-    double sums[kParts] = {};
-    int64_t t = 0;
-    for (; t + kParts <= positions; t += kParts)
-      for (int p = 0; p < kParts; ++p) sums[p] += narrow(x[t + p]);
-    for (int p = 0; t < positions; ++t, ++p) sums[p] += narrow(x[t]);
-    bias[o] = static_cast<float>(std::accumulate(sums, sums + kParts, 0.0));
-  }
-}
-
-ADAMIX_INLINE void add_times(double* total, double factor, const float* x, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) total[i] += factor * x[i];
-}
-void add_portable(double* total, double factor, const float* x, int64_t n) { add_times(total, factor, x, n); }
-ADAMIX_AVX2 void add_avx2(double* total, double factor, const float* x, int64_t n) { add_times(total, factor, x, n); }
-ADAMIX_AVX512 void add_avx512(double* total, double factor, const float* x, int64_t n) {
-  add_times(total, factor, x, n);
+  const auto sum = pick(sums_portable<G>, sums_avx2<G>, sums_avx512<G>);
+  sum(g, outputs, positions, bias);
 }
 
 // A layer's factors, of any types, cut into groups of samples.
 struct Layer {
   const void *activations, *backprops;
   DType a_type, g_type;
+  int64_t samples;
   const ConvShape& s;
 
   int64_t inputs() const { return s.inputs / s.groups * s.size[0] * s.size[1] * s.size[2]; }
@@ -107,7 +138,8 @@ struct Layer {
         using A = std::remove_const_t<std::remove_pointer_t<decltype(a)>>;
         using G = std::remove_const_t<std::remove_pointer_t<decltype(g)>>;
         one(static_cast<const A*>(activations) + k * inputs(),
-            static_cast<const G*>(backprops) + k * outputs() * s.positions(), s, weight, bias, work);
+            static_cast<const G*>(backprops) + k * outputs() * s.positions(), (samples * s.groups - 1 - k) * inputs(),
+            s, weight, bias, work);
       });
     });
   }
@@ -123,7 +155,7 @@ bool by_samples(const ConvShape& s) {
 
 void conv_grad_sample(const void* activations, DType a_type, const void* backprops, DType g_type, int64_t samples,
                       const ConvShape& s, float* weight, float* bias, int threads) {
-  const Layer layer{activations, backprops, a_type, g_type, s};
+  const Layer layer{activations, backprops, a_type, g_type, samples, s};
   const int64_t count = samples * s.groups;
   const FloatState state = FloatState::current();
 #pragma omp parallel num_threads(threads) if (count * s.positions() * layer.weights() > kSerial)
@@ -138,7 +170,7 @@ void conv_grad_sample(const void* activations, DType a_type, const void* backpro
 
 std::vector<double> conv_norm_sq_by_samples(const void* activations, DType a_type, const void* backprops, DType g_type,
                                             int64_t samples, const ConvShape& s, bool bias, int threads) {
-  const Layer layer{activations, backprops, a_type, g_type, s};
+  const Layer layer{activations, backprops, a_type, g_type, samples, s};
   const int64_t count = samples * s.groups, positions = s.positions(), outputs = layer.outputs();
   const auto a_square = sum_sq_of(a_type), g_square = sum_sq_of(g_type), square = sum_sq_of(DType::kFloat32);
   // How many windows see one input at most.
@@ -178,11 +210,13 @@ std::vector<double> conv_norm_sq_by_samples(const void* activations, DType a_typ
 void conv_clip_sum_by_samples(const void* activations, DType a_type, const void* backprops, DType g_type,
                               const std::vector<double>& coef, const ConvShape& s, float* weight, float* bias,
                               int threads) {
-  const Layer layer{activations, backprops, a_type, g_type, s};
-  const int64_t samples = coef.size(), size = layer.weights() * s.groups;
+  const int64_t samples = coef.size();
+  const Layer layer{activations, backprops, a_type, g_type, samples, s};
+  const int64_t size = layer.weights() * s.groups;
   const int64_t parts = std::clamp<int64_t>(samples / 8, 1, 8);  // in a number that does not depend on the threads
-  const auto add = pick(add_portable, add_avx2, add_avx512);
+  const auto add = pick(add_portable<double>, add_avx2<double>, add_avx512<double>);
   std::vector<std::vector<double>> totals(parts);
+  constexpr int64_t kRun = 256;
   const FloatState state = FloatState::current();
 #pragma omp parallel num_threads(threads) if (samples * s.positions() * size > kSerial)
   {
@@ -202,12 +236,17 @@ void conv_clip_sum_by_samples(const void* activations, DType a_type, const void*
             add(total.data() + size + group * layer.outputs(), coef[b], work.bias.data(), layer.outputs());
         }
     }
+    const int64_t all = size + (bias == nullptr ? 0 : s.outputs);
+#pragma omp for schedule(static)
+    for (int64_t start = 0; start < all; start += kRun) {
+      const int64_t n = std::min(kRun, all - start);
+      double sum[kRun] = {};
+      for (const std::vector<double>& total : totals)
+        for (int64_t i = 0; i < n; ++i) sum[i] += total[start + i];
+      for (int64_t i = start; i < start + n; ++i)
+        (i < size ? weight[i] : bias[i - size]) = static_cast<float>(sum[i - start]);
+    }
   }
-  std::vector<double>& sum = totals[0];
-  for (int64_t part = 1; part < parts; ++part)
-    for (size_t i = 0; i < sum.size(); ++i) sum[i] += totals[part][i];
-  for (int64_t i = 0; i < size; ++i) weight[i] = static_cast<float>(sum[i]);
-  for (int64_t i = size; i < static_cast<int64_t>(sum.size()); ++i) bias[i - size] = static_cast<float>(sum[i]);
 }
 
 }  // namespace adamix

@@ -3,6 +3,7 @@
 #include "micro.h"
 
 #include <cstring>
+#include <utility>
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
@@ -15,7 +16,7 @@
 #pragma clang fp contract(fast)
 #define ADAMIX_FUSED
 #else
-#define ADAMIX_FUSED __attribute__((optimize("fp-contract=fast")))
+#define ADAMIX_FUSED __attribute__((optimize("fp-contract=fast", "align-loops=64")))
 #endif
 
 namespace adamix {
@@ -41,38 +42,64 @@ ADAMIX_INLINE void store(const Vector<kSize>& x, float* out) {
 
 // kRows x kVectors accumulators of kSize numbers: as many as the processor has registers for.
 template <int kSize, int kRows, int kVectors>
-ADAMIX_INLINE void outer_part(const float* a, const float* b, int64_t count, float* tile) {
+ADAMIX_INLINE void outer_part(Tall a, const float* b, int64_t count, float* out, int64_t stride) {
   Vector<kSize> sum[kRows][kVectors] = {};
-  for (int64_t k = 0; k < count; ++k, a += kTall, b += kWide) {
+  const float* row[kRows];
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) row[i] = a.data + i * a.row;
+  for (int64_t k = 0; k < count; ++k, b += kWide) {
     Vector<kSize> wide[kVectors];
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) load<kSize>(b + v * kSize, wide[v]);
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) sum[i][v] += a[i] * wide[v];
+      for (int v = 0; v < kVectors; ++v) sum[i][v] += row[i][k * a.step] * wide[v];
   }
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) store<kSize>(sum[i][v], tile + i * kWide + v * kSize);
+    for (int v = 0; v < kVectors; ++v) store<kSize>(sum[i][v], out + i * stride + v * kSize);
 }
 
-template <int kSize, int kRows, int kVectors>
-ADAMIX_INLINE void outer_all(const float* a, const float* b, int64_t count, float* tile) {
-  for (int i = 0; i < kTall; i += kRows)
-    for (int j = 0; j < kWide; j += kVectors * kSize)
-      outer_part<kSize, kRows, kVectors>(a + i, b + j, count, tile + i * kWide + j);
+template <int kSize, int kRows, int kVectors, int kAll>
+ADAMIX_INLINE void outer_all(Tall a, const float* b, int64_t count, float* out, int64_t stride) {
+  constexpr int kLeft = kAll % kRows;
+  for (int j = 0; j < kWide; j += kVectors * kSize) {
+    for (int i = 0; i < kAll - kLeft; i += kRows)
+      outer_part<kSize, kRows, kVectors>(a.from(i), b + j, count, out + i * stride + j, stride);
+    if constexpr (kLeft > 0)
+      outer_part<kSize, kLeft, kVectors>(a.from(kAll - kLeft), b + j, count, out + (kAll - kLeft) * stride + j, stride);
+  }
 }
 
-void outer_portable(const float* a, const float* b, int64_t count, float* tile) {
-  outer_all<4, 3, 4>(a, b, count, tile);
+// With strides that the compiler knows, packed panels are a little faster.
+template <int kSize, int kRows, int kVectors, int kAll>
+ADAMIX_INLINE void outer_packed_or_not(Tall a, const float* b, int64_t count, float* out, int64_t stride) {
+  if (a.row == 1 && a.step == kTall)
+    outer_all<kSize, kRows, kVectors, kAll>({a.data, 1, kTall}, b, count, out, stride);
+  else
+    outer_all<kSize, kRows, kVectors, kAll>(a, b, count, out, stride);
 }
-ADAMIX_AVX2 ADAMIX_FUSED void outer_avx2(const float* a, const float* b, int64_t count, float* tile) {
-  outer_all<8, 6, 2>(a, b, count, tile);
+
+template <int kAll>
+void outer_portable(Tall a, const float* b, int64_t count, float* out, int64_t stride) {
+  outer_packed_or_not<4, 3, 4, kAll>(a, b, count, out, stride);
 }
-ADAMIX_AVX512 ADAMIX_FUSED void outer_avx512(const float* a, const float* b, int64_t count, float* tile) {
-  outer_all<16, 6, 4>(a, b, count, tile);
+template <int kAll>
+ADAMIX_AVX2 ADAMIX_FUSED void outer_avx2(Tall a, const float* b, int64_t count, float* out, int64_t stride) {
+  outer_packed_or_not<8, 6, 2, kAll>(a, b, count, out, stride);
+}
+template <int kAll>
+ADAMIX_AVX512 ADAMIX_FUSED void outer_avx512(Tall a, const float* b, int64_t count, float* out, int64_t stride) {
+  outer_packed_or_not<16, 6, 4, kAll>(a, b, count, out, stride);
+}
+
+template <int... kLess>
+Outer outer_of(int64_t rows, std::integer_sequence<int, kLess...>) {
+  static const Outer portable[] = {outer_portable<kLess + 1>...}, avx2[] = {outer_avx2<kLess + 1>...},
+                     avx512[] = {outer_avx512<kLess + 1>...};
+  return pick(portable, avx2, avx512)[rows - 1];
 }
 
 // kX x kY sums, each of kSize chains.
@@ -156,7 +183,7 @@ constexpr auto dot_avx512 = dot_portable;
 
 }  // namespace
 
-Outer outer() { return pick(outer_portable, outer_avx2, outer_avx512); }
+Outer outer(int64_t rows) { return outer_of(rows, std::make_integer_sequence<int, kTall>()); }
 Dot dot() { return pick(dot_portable, dot_avx2, dot_avx512); }
 int dot_chains() { return pick(4, 8, 16); }
 

@@ -140,7 +140,7 @@ void Panels::add(double* total, int64_t stride) const {
   float tile[kTall * kWide];
   for (int64_t j = 0; j < wide_; j += kWide)
     for (int64_t i = 0; i < tall_; i += kTall) {
-      product(tall_panels_.data() + i * rows_, wide_panels_.data() + j * rows_, rows_, tile);
+      product({tall_panels_.data() + i * rows_, 1, kTall}, wide_panels_.data() + j * rows_, rows_, tile, kWide);
       for (int r = 0; r < kTall; ++r) add(total + (i + r) * stride + j, tile + r * kWide, kWide);
     }
 }
@@ -157,7 +157,7 @@ double Panels::square() const {
   double total = 0;
   for (int64_t j = 0; j < wide_; j += kWide)
     for (int64_t i = 0; i < tall_; i += kTall) {
-      product(tall_panels_.data() + i * rows_, wide_panels_.data() + j * rows_, rows_, tile);
+      product({tall_panels_.data() + i * rows_, 1, kTall}, wide_panels_.data() + j * rows_, rows_, tile, kWide);
       total += sum_sq(tile, kTall * kWide);
     }
   return total;
