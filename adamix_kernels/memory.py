@@ -13,6 +13,9 @@ from torch import Tensor
 from adamix_kernels.ops._numerics import as_list
 
 
+_PLAIN = {Tensor, torch.nn.Parameter}
+
+
 def plain(x: Tensor) -> Tensor:
     """`x` as memory that holds its values in order: itself, or a copy."""
     return x if x.is_contiguous() and not x.is_neg() else x.resolve_neg().contiguous()
@@ -42,15 +45,17 @@ def none_behind(tensors: Sequence[Any], device: str) -> str | None:
     for part in tensors:
         if not isinstance(part, Tensor):
             continue
-        if part.device.type != device:
-            return f"a tensor is on {part.device}; this backend takes {device.upper()} tensors"
-        if type(part) not in (Tensor, torch.nn.Parameter):
+        place = part.device
+        if place != first:
+            if place.type != device:
+                return f"a tensor is on {place}; this backend takes {device.upper()} tensors"
+            if first is not None:
+                return f"tensors are on {first} and {place}"
+            first = place
+        if type(part) not in _PLAIN:
             return f"a tensor is a {type(part).__name__}; this backend takes plain tensors"
         if torch._C._functorch.is_functorch_wrapped_tensor(part) or part._is_zerotensor():
             return "a tensor is inside a torch.func transform or has no storage; this backend takes plain tensors"
-        if first is not None and part.device != first:
-            return f"tensors are on {first} and {part.device}"
-        first = part.device
     return _too_old(first) if first is not None and device == "cuda" else None
 
 

@@ -127,25 +127,27 @@ class Op(Generic[P, R]):
     def check(self, bound: Mapping[str, Any]) -> torch.device | None:
         """The tensors' device. Raise TypeError or ValueError naming the argument, what was given and expected."""
         sizes: dict[str, tuple[Any, str]] = {}
-        device: tuple[torch.device, str] | None = None
+        device, source = None, ""
         for name, axes in self._axes.items():
             value = bound[name]
             if value is None and self._defaults.get(name, ...) is None:
                 continue
-            for label, tensor in axes.tensors(self.name, name, value):
+            parts = ((name, value),) if isinstance(value, Tensor) else axes.tensors(self.name, name, value)
+            for label, tensor in parts:
                 axes.check(self.name, label, tensor, sizes)
-                if device is not None and tensor.device != device[0]:
+                if device is None:
+                    device, source = tensor.device, label
+                elif tensor.device != device:
                     raise ValueError(
-                        f"{self.name}: {label} is on {tensor.device} but {device[1]} is on {device[0]}; "
+                        f"{self.name}: {label} is on {tensor.device} but {source} is on {device}; "
                         "move both to one device"
                     )
-                device = device or (tensor.device, label)
         if self.validate is not None:
             try:
                 self.validate(**bound)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{self.name}: {error}") from None
-        return device[0] if device is not None else None
+        return device
 
     def dtypes(self, backend: str) -> Sequence[torch.dtype]:
         """The floating types that a backend of this op takes."""
@@ -276,7 +278,8 @@ class _Axes:
     head: tuple[str, ...]
     wild: str | None
     tail: tuple[str, ...]
-    integer: bool
+    fixed: int
+    dtypes: Sequence[torch.dtype]
     many: bool
 
     @classmethod
@@ -290,13 +293,13 @@ class _Axes:
             tuple(axes[:cut]),
             wild,
             tuple(axes[cut + 1 :]),
-            text.startswith("int:"),
+            len(axes) - (wild is not None),
+            INT_DTYPES if text.startswith("int:") else FLOAT_DTYPES,
             text.endswith("[]"),
         )
 
     def tensors(self, op: str, name: str, value: Any) -> list[tuple[str, Tensor]]:
-        if isinstance(value, Tensor):
-            return [(name, value)]
+        """Those of a list, each with its name."""
         items = [(name, value)]
         if self.many and isinstance(value, _LISTS):
             if not value:
@@ -309,26 +312,26 @@ class _Axes:
         return items
 
     def check(self, op: str, label: str, tensor: Tensor, sizes: dict[str, tuple[Any, str]]) -> None:
-        kinds = INT_DTYPES if self.integer else FLOAT_DTYPES
-        if tensor.dtype not in kinds:
-            names = ", ".join(str(k).removeprefix("torch.") for k in kinds)
+        if tensor.dtype not in self.dtypes:
+            names = ", ".join(str(k).removeprefix("torch.") for k in self.dtypes)
             raise TypeError(f"{op}: {label} has dtype {tensor.dtype}; expected one of {names}")
         if tensor.layout is not torch.strided or tensor.is_nested:
             kind = "is nested" if tensor.is_nested else f"has layout {tensor.layout}"
             raise TypeError(f"{op}: {label} {kind}; pass a dense tensor {self.text}")
-        shape = tuple(tensor.shape)
-        fixed = len(self.head) + len(self.tail)
-        if len(shape) < fixed or (self.wild is None and len(shape) != fixed):
+        shape = tensor.shape
+        count, wild = len(shape), self.wild
+        if count != self.fixed and (wild is None or count < self.fixed):
             raise ValueError(f"{op}: {label} has shape {list(shape)}; expected {self.text}")
-        first, stop = len(self.head), len(shape) - len(self.tail)
-        named = self.head + self.tail
-        values: tuple[Any, ...] = shape[:first] + shape[stop:]
-        if self.wild == "*" and not self.many:
-            named, values = (*named, "*"), (*values, shape[first:stop])
+        named, values = self.head, shape
+        if wild is not None:
+            first, stop = len(self.head), count - len(self.tail)
+            named, values = named + self.tail, shape[:first] + shape[stop:]
+            if wild == "*" and not self.many:
+                named, values = (*named, "*"), (*values, shape[first:stop])
         for axis, size in zip(named, values, strict=True):
-            known, source = sizes.setdefault(axis, (size, label))
-            if known != size:
-                show = list(known) if axis == "*" else known
+            known = sizes.setdefault(axis, (size, label))
+            if known[0] != size:
+                show = list(known[0]) if axis == "*" else known[0]
                 raise ValueError(
-                    f"{op}: {label} has shape {list(shape)}; expected {self.text} with {axis}={show} as in {source}"
+                    f"{op}: {label} has shape {list(shape)}; expected {self.text} with {axis}={show} as in {known[1]}"
                 )

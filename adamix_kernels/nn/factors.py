@@ -193,9 +193,12 @@ class StackedFactors:
         return [torch.cat(grads, 1) for grads in zip(*(part.grad_sample() for part in self.slices), strict=True)]
 
 
+_DIVISIBLE = (LinearFactors, ConvFactors, ScaleShiftFactors)
+
+
 def smaller(factors: Factors) -> Factors:
     """The gradients themselves where they are smaller than the factors: also faster, products are made only once."""
-    if not isinstance(factors, LinearFactors | ConvFactors | ScaleShiftFactors):
+    if not isinstance(factors, _DIVISIBLE):
         return factors
     a, g = factors.activations, factors.backprops
     if isinstance(factors, ConvFactors):

@@ -6,7 +6,7 @@ the objects, which optimizers and modules hold, stay the same, and so do modules
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,8 +60,7 @@ class Derived(Tensor):
 
 
 Private = PrivateParameter | Derived
-
-_PRIVATE = (PrivateParameter, Derived)  # asking a tuple is faster than asking a union
+PRIVATE = (PrivateParameter, Derived)  # asking a tuple is faster than asking a union
 
 _REQUIRES_GRAD, _GRAD = (getattr(Tensor, name) for name in ("requires_grad", "grad"))
 _THAWS = {Tensor.requires_grad_, _REQUIRES_GRAD.__set__}
@@ -94,9 +93,10 @@ probing: set[int] = set()
 def _dispatch(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     with torch._C.DisableTorchFunctionSubclass():
         if func not in _PLAIN and (torch.is_grad_enabled() or probing):
-            engine = next((x._dp_engine for x in tensors(args, kwargs) if isinstance(x, _PRIVATE)), None)
+            found = tensors(args, kwargs)
+            engine = next((x._dp_engine for x in found if isinstance(x, PRIVATE)), None)
             if engine is not None and not engine.is_public and (torch.is_grad_enabled() or engine._rules.probing):
-                return engine._rules.use(func, args, kwargs)
+                return engine._rules.use(func, args, kwargs, found)
         result = func(*args, **kwargs)
         if func in _THAWS and isinstance(args[0], PrivateParameter):
             args[0]._dp_engine._watch()  # before any use of it
@@ -105,15 +105,26 @@ def _dispatch(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str
         return result
 
 
-def tensors(*values: Any) -> Iterator[Tensor]:
+def tensors(*values: Any) -> list[Tensor]:
     """The tensors in nested arguments."""
+    found: list[Tensor] = []
+    _collect(values, found)
+    return found
+
+
+_LEAVES = {int, float, bool, str, type(None), torch.dtype, torch.device}  # most arguments; asked first, for speed
+
+
+def _collect(values: Iterable[Any], found: list[Tensor]) -> None:
     for value in values:
+        if type(value) in _LEAVES:
+            continue
         if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from tensors(*value)
+            found.append(value)
+        elif isinstance(value, (list, tuple)):  # noqa: UP038  a union is slower, and every call asks
+            _collect(value, found)
         elif isinstance(value, Mapping):
-            yield from tensors(*value.values())
+            _collect(value.values(), found)
 
 
 def storage(x: Tensor) -> int:

@@ -32,7 +32,7 @@ class _Pass:
     number: int
     samples: int | None = None
     records: dict[str, list[Record]] = field(default_factory=dict)  # by layer
-    norms: dict[str, Tensor] = field(default_factory=dict)  # [B] squared, by layer
+    norms: list[Tensor] = field(default_factory=list)  # [B] squared, of parts of the model
     layers: dict[str, str] = field(default_factory=dict)  # by parameter
     closed: set[str] = field(default_factory=set)
     forwards: set[int] = field(default_factory=set)
@@ -82,7 +82,7 @@ class Passes:
             self.twice, self.coef = False, None
 
     def expect(self, use: Use) -> None:
-        for layer in self._layers(use.targets):
+        for layer in use.layers:
             key = layer, use.task != -1
             self._expected[key] = self._expected.get(key, 0) + 1
         if use.task != -1:
@@ -91,14 +91,6 @@ class Passes:
     def come_through(self, forward: int) -> None:
         """A backward pass has reached the outputs of a forward pass: parts that it recomputes belong to that."""
         self._through.setdefault(torch._C._current_graph_task_id(), set()).add(forward)
-
-    def _layers(self, targets: Sequence[Tensor]) -> set[str]:
-        return {self._engine.layers[name] for target in targets for name in self._names(target)}
-
-    @staticmethod
-    def _names(target: Tensor) -> list[str]:
-        bases = target._dp_bases if isinstance(target, Derived) else [target]
-        return [base._dp_name for base in bases if isinstance(base, PrivateParameter)]
 
     def _enter(self, task: int) -> _Pass:
         """The pass that a graph task belongs to; its end is awaited."""
@@ -142,7 +134,7 @@ class Passes:
             )
         for record in self._records(targets, build):
             self._add(now, record)
-        for layer in self._layers(use.targets):
+        for layer in use.layers:
             key = layer, use.task != -1
             self._expected[key] = self._expected.get(key, 0) - 1
             self._received[key] = self._received.get(key, 0) + 1
@@ -194,9 +186,9 @@ class Passes:
 
     def _close(self, now: _Pass, layer: str) -> None:
         engine, parts = self._engine, combine(now.records.pop(layer))
-        now.norms[layer] = torch.stack([factors.norm_sq() for _, factors in parts]).double().sum(0)
+        now.norms.append(_total([factors.norm_sq() for _, factors in parts]))
         if engine.strategy == "per_layer":
-            self._sum(parts, engine._released(engine._coef(now.norms[layer], layer)))
+            self._sum(parts, engine._released(engine._coef(now.norms[-1], layer)))
         elif self.coef is not None:
             self._sum(parts, engine._released(self.coef))
 
@@ -221,7 +213,7 @@ class Passes:
             for layer in list(now.records):
                 self._close(now, layer)
             if now.norms:
-                norm_sq = torch.stack(list(now.norms.values())).sum(0)
+                norm_sq = _total(now.norms)
                 if self.coef is None:
                     self._norm_sq = norm_sq
                 else:
@@ -242,12 +234,16 @@ class Passes:
     def _sum_all(self, now: _Pass) -> None:
         parts = gathered(combine([record for records in now.records.values() for record in records]))
         now.records.clear()
-        for i, (_, factors) in enumerate(parts):
-            now.norms[str(i)] = factors.norm_sq().double()
         if parts:
-            coef = self._engine._released(self._engine._coef(torch.stack(list(now.norms.values())).sum(0), None))
+            now.norms = [_total([factors.norm_sq() for _, factors in parts])]
+            coef = self._engine._released(self._engine._coef(now.norms[0], None))
         while parts:  # each is freed when it is summed
             self._sum([parts.pop()], coef)
+
+
+def _total(norm_sq: Sequence[Tensor]) -> Tensor:
+    """Squared norms `[B]` of parts as one, in float64."""
+    return torch.stack(list(norm_sq)).sum(0, dtype=torch.float64) if len(norm_sq) > 1 else norm_sq[0].double()
 
 
 def pull(target: Tensor, grads: Tensor) -> Record:

@@ -191,7 +191,7 @@ def _layers(name: str, backward: Callable[[Steps], Backprops]) -> None:
     def run(rules: Rules, input: Any, hx: Any, params: Any, has_biases: Any, *options: Any) -> Any:
         if not isinstance(has_biases, bool):
             raise PrivacyError(
-                f"{rules.names(list(tensors(input, hx, params, has_biases)))}: {what} gets a PackedSequence, whose "
+                f"{rules.names(tensors(input, hx, params, has_biases))}: {what} gets a PackedSequence, whose "
                 "dimension 0 is no batch; pass a padded batch, and mask or pick the steps that are wanted"
             )
         depth, dropout, train, bidirectional, batch_first = options
@@ -227,7 +227,7 @@ def _cell(name: str, layer: str, backward: Callable[[Steps], Backprops]) -> None
 
     @rule(getattr(torch, name))
     def run(rules: Rules, input: Any, hx: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh: Any = None) -> Any:
-        states = list(tensors(hx))
+        states = tensors(hx)
         given = [x for x in (input, *states) if isinstance(x, Private)]
         if given:
             raise PrivacyError(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adamix_kernels.nn.errors import PrivacyError
 from adamix_kernels.nn.factors import PerSample
-from adamix_kernels.nn.parameter import Private, bases, derive, names, storage, tensors
+from adamix_kernels.nn.parameter import PRIVATE, Private, bases, derive, names, storage, tensors
 from adamix_kernels.nn.tap import Build, rows, tap
 
 if TYPE_CHECKING:
@@ -36,12 +36,12 @@ def name_of(function: Callable[..., Any]) -> str:
 
 
 def trains(x: Any) -> bool:
-    return isinstance(x, Private) and x.requires_grad
+    return isinstance(x, PRIVATE) and x.requires_grad
 
 
 def plain(x: Any) -> Any:
     """Without its history if it is private."""
-    return x.detach() if isinstance(x, Private) else x
+    return x.detach() if isinstance(x, PRIVATE) else x
 
 
 class Rules:
@@ -56,10 +56,11 @@ class Rules:
         self._buffers: set[int] = set()
         self._buffers_of: int | None = None
 
-    def use(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        found = list(tensors(args, kwargs))
-        private = [x for x in found if trains(x)]
-        if not private:
+    def use(
+        self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], found: list[Tensor]
+    ) -> Any:
+        """A function's result; `found` are the tensors among its arguments."""
+        if not any(trains(x) for x in found):
             return func(*args, **kwargs)
         if func in RULES:
             return RULES[func](self, *args, **kwargs)
@@ -221,6 +222,6 @@ class Rules:
 
 def refuse(what: str, remedy: str) -> Rule:
     def run(rules: Rules, *args: Any, **kwargs: Any) -> Any:
-        raise PrivacyError(f"{rules.names(list(tensors(args, kwargs)))}: {what}; {remedy}")
+        raise PrivacyError(f"{rules.names(tensors(args, kwargs))}: {what}; {remedy}")
 
     return run

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from adamix_kernels.nn.errors import PrivacyError
 from adamix_kernels.nn.factors import Factors
-from adamix_kernels.nn.parameter import names
+from adamix_kernels.nn.parameter import bases, names
 
 if TYPE_CHECKING:
     from adamix_kernels.nn.engine import DPEngine
@@ -30,6 +30,7 @@ class Use:
 
     def __init__(self, engine: DPEngine, build: Build, targets: Sequence[Tensor]) -> None:
         self.engine, self.build, self.targets = engine, build, targets
+        self.layers = {engine.layers[base._dp_name] for base in bases(targets)}
         self.task = torch._C._current_graph_task_id()  # of the backward pass that recomputes this forward, or -1
         # what is recomputed belongs to the forward pass that the task came through, a part used alone to the last one
         self.forward = (engine.forward_number or engine._forwards or None) if self.task == -1 else None
@@ -37,10 +38,10 @@ class Use:
         engine._passes.expect(self)
 
     def receive(self, nodes: Sequence[Any], saved: Sequence[Tensor], backprops: Any) -> None:
-        pairs = zip(self.targets, nodes, strict=True)
-        wanted = [target.requires_grad and _executes(node, self.targets) for target, node in pairs]
-        if any(wanted):
-            with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+        with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+            pairs = zip(self.targets, nodes, strict=True)
+            wanted = [target.requires_grad and _executes(node, self.targets) for target, node in pairs]
+            if any(wanted):
                 targets = [target for target, want in zip(self.targets, wanted, strict=True) if want]
                 self.engine._passes.receive(self, targets, lambda: self.build(saved, backprops, wanted))
 
