@@ -15,6 +15,7 @@ from adamix_kernels.nn import (
 )
 from adamix_kernels.ops.clip import ClippedSum, clip_coef, clip_sum, clip_sum_noise
 from adamix_kernels.ops.conv import ConvSum, conv_clip_sum, conv_norm_sq
+from adamix_kernels.ops.conv_clip import ConvClippedSum, conv_norm_clip_sum
 from adamix_kernels.ops.conv_grad import ConvGrad, conv_grad_sample
 from adamix_kernels.ops.embedding import embedding_clip_sum, embedding_norm_sq
 from adamix_kernels.ops.head import HeadSum, softmax_head_clip_sum_noise
@@ -30,6 +31,7 @@ from adamix_kernels.spec import BackendError, backends, use_backend
 __all__ = [
     "BackendError",
     "ClippedSum",
+    "ConvClippedSum",
     "ConvGrad",
     "ConvSum",
     "DPEngine",
@@ -48,6 +50,7 @@ __all__ = [
     "clip_sum_noise",
     "conv_clip_sum",
     "conv_grad_sample",
+    "conv_norm_clip_sum",
     "conv_norm_sq",
     "embedding_clip_sum",
     "embedding_norm_sq",

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from adamix_kernels.ops._numerics import as_list
 
-
 _PLAIN = {Tensor, torch.nn.Parameter}
 
 

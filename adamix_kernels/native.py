@@ -55,11 +55,15 @@ def dtype_of(dtype: torch.dtype) -> Any:
     return getattr(compiled().DType, str(dtype).removeprefix("torch."))
 
 
+_LISTS = (list, tuple)
+
+
 def register(op: Any, *tensors: str, dtypes: Sequence[torch.dtype] = FLOAT_DTYPES) -> Callable[[Any], Any]:
-    """Attach an implementation of `op` for plain CPU tensors, which are the arguments `tensors`."""
+    """Attach an implementation of `op` for plain CPU tensors, which are the arguments `tensors`, or lists in them."""
 
     def refuses(**call: Any) -> str | None:
-        return none_behind([call[name] for name in tensors], "cpu")
+        values = [call[name] for name in tensors]
+        return none_behind([x for value in values for x in (value if isinstance(value, _LISTS) else (value,))], "cpu")
 
     return op.register("cpp", device="cpu", dtypes=dtypes, unavailable=unavailable, refuses=refuses)
 

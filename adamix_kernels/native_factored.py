@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ from adamix_kernels.memory import plain
 from adamix_kernels.native import CPU, compiled, dtype_of
 from adamix_kernels.native import register as register_all
 from adamix_kernels.ops._factored import by_gram
+from adamix_kernels.ops._numerics import as_list
 from adamix_kernels.ops.conv import ConvSum, conv_axes, conv_clip_sum, conv_norm_sq
+from adamix_kernels.ops.conv_clip import ConvClippedSum, conv_norm_clip_sum
 from adamix_kernels.ops.conv_grad import ConvGrad, conv_grad_sample
 from adamix_kernels.ops.head import HeadSum, softmax_head_clip_sum_noise
 from adamix_kernels.ops.head_variants import softmax_head_coordinates
@@ -139,6 +142,40 @@ def _conv_grad_sample(activations: Tensor, backprops: Tensor, *, groups: int, bi
         torch.get_num_threads(),
     )
     return ConvGrad(weight, shift)
+
+
+@register(conv_norm_clip_sum, "activations", "backprops", "norm_sq", "max_grad_norm")
+def _conv_norm_clip_sum(
+    activations: Tensor,
+    backprops: Tensor,
+    norm_sq: Tensor | Sequence[Tensor],
+    max_grad_norm: float | Tensor,
+    *,
+    groups: int,
+    bias: bool,
+    **settings: Any,
+) -> ConvClippedSum:
+    a, g = plain(activations), plain(backprops)
+    shape, _, _ = _conv(a, g, groups=groups, **settings)
+    if not compiled().conv_by_samples(shape):
+        return conv_norm_clip_sum.reference(a, g, norm_sq, max_grad_norm, groups=groups, bias=bias, **settings)
+    outputs, others = g.shape[1], [plain(part) for part in as_list(norm_sq)]
+    total = torch.empty(len(a), dtype=torch.float64, device=CPU)
+    weight = torch.empty(outputs, a.shape[1] // groups, *settings["kernel_size"], dtype=torch.float32, device=CPU)
+    shift = torch.empty(outputs, dtype=torch.float32, device=CPU) if bias else None
+    compiled().conv_norm_clip_sum(
+        address(a),
+        address(g),
+        [address(part) for part in others],
+        len(a),
+        shape,
+        float(max_grad_norm),
+        total.data_ptr(),
+        weight.data_ptr(),
+        0 if shift is None else shift.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return ConvClippedSum(weight, shift, total)
 
 
 def _head(

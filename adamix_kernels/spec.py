@@ -153,7 +153,7 @@ class Op(Generic[P, R]):
         """The floating types that a backend of this op takes."""
         if backend == "torch":
             return FLOAT_DTYPES
-        if self.parts:
+        if self._by_parts(backend):
             return [dtype for dtype in FLOAT_DTYPES if all(dtype in part.dtypes(backend) for part in self.parts)]
         return self.backends[backend].dtypes
 
@@ -181,7 +181,7 @@ class Op(Generic[P, R]):
 
     def _run(self, bound: dict[str, Any], device: torch.device | None) -> R:
         forced = _forced.get()
-        if forced == "torch" or self.parts:
+        if forced == "torch" or self._by_parts(forced):
             return self._refer(bound)
         if forced != "auto":
             reason = self.why_not(forced, bound)
@@ -196,6 +196,10 @@ class Op(Generic[P, R]):
                 return entry.run(**bound)
         return self._refer(bound)
 
+    def _by_parts(self, backend: str) -> bool:
+        """Whether a backend, if not "auto", runs the ops that this one is made of."""
+        return bool(self.parts) and backend != "auto" and backend not in self.backends
+
     def _refer(self, bound: dict[str, Any]) -> R:
         """Results have no history on any backend; but a leaf that requires grad is not to be written in place."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.name.endswith("_")):
@@ -205,7 +209,7 @@ class Op(Generic[P, R]):
         """Why `backend` cannot run this op (or, with `bound`, this call); None if it can."""
         if backend == "torch":
             return None
-        if self.parts:
+        if self._by_parts(backend):
             return next((reason for part in self.parts if (reason := part.why_not(backend))), None)
         if backend not in self.backends:
             return f"this op has no {backend!r} implementation"
@@ -229,7 +233,7 @@ def define_op(
     number of axes, the same in every argument; `...` any number, unrelated; a prefix `int:` asks for integers; a
     suffix `[]` also takes a list of such tensors. `validate` raises on anything else that is wrong, in words that start
     with the argument's name. `oracle` is the definition, in float64, one sample at a time. A reference that only calls
-    other ops names them as `parts`: it has no backends of its own, they run on theirs.
+    other ops names them as `parts`: on a backend that it does not have itself they run on theirs.
     """
 
     def wrap(reference: Callable[P, R]) -> Op[P, R]:
@@ -245,7 +249,11 @@ def op_table() -> str:
         arguments = ", ".join(f"`{name} {axes.text}`" for name, axes in op._axes.items())
         results = ", ".join(f"`{out.name} [{', '.join(out.axes.split())}]`" for out in op.returns)
         what = (op.__doc__ or "").splitlines()[0].rstrip(".")
-        faster = ", ".join(name for name in AUTO_ORDER if all(name in one.backends for one in op.parts or [op]))
+        faster = ", ".join(
+            name
+            for name in AUTO_ORDER
+            if name in op.backends or (op.parts and all(name in part.backends for part in op.parts))
+        )
         lines.append(f"| `{op.name}` | {what} | {arguments} | {results} | {faster or '-'} |")
     return "\n".join(lines)
 
@@ -322,7 +330,8 @@ class _Axes:
         count, wild = len(shape), self.wild
         if count != self.fixed and (wild is None or count < self.fixed):
             raise ValueError(f"{op}: {label} has shape {list(shape)}; expected {self.text}")
-        named, values = self.head, shape
+        named: tuple[str, ...] = self.head
+        values: tuple[Any, ...] = shape
         if wild is not None:
             first, stop = len(self.head), count - len(self.tail)
             named, values = named + self.tail, shape[:first] + shape[stop:]

@@ -66,7 +66,7 @@ def test_training_step(benchmark: Any, capsys: Any, name: str) -> None:
     x, y = work.batch()
     check(work, x, y, True)
     steps = {label: step for label, (_, step) in contenders(work, x, y, 1.0, True)}
-    times = medians(steps, "cpu", work.rounds)
+    times = medians(steps, "cpu", work.rounds, loop=True)
     with capsys.disabled():
         show(f"training step, {name}", times, {"not private": times["not private"]})
     benchmark.group = "training step cpu"

@@ -92,11 +92,10 @@ def larger(x: Limit, y: Limit) -> Limit:
 def factors(norm_sq: Tensor, limit: Limit, scale: float, automatic: bool) -> Tensor:
     """`[B]` float32: what each sample is multiplied with, whose gradient is `scale` times what it should be.
 
-    `automatic` normalises every sample, C / (norm + 0.01), instead of clipping the large ones (Bu et al. 2022, arXiv
-    2206.07136, AUTO-S). A sample whose norm is not finite gets 0.
+    `limit` is the threshold of such gradients. `automatic` normalises every sample, C / (norm + 0.01), instead of
+    clipping the large ones (Bu et al. 2022, arXiv 2206.07136, AUTO-S). A sample whose norm is not finite gets 0.
     """
-    threshold = limit * scale
     if not automatic:
-        return clip_coef(norm_sq, threshold)
-    coef = round_down(threshold / (norm_sq.double().sqrt() + STABILITY * scale))
+        return clip_coef(norm_sq, limit)
+    coef = round_down(limit / (norm_sq.double().sqrt() + STABILITY * scale))
     return coef.where(norm_sq.isfinite(), torch.zeros_like(coef))

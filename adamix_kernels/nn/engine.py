@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -23,7 +23,7 @@ from adamix_kernels.nn.checks import (
     check_settings,
     mixing,
 )
-from adamix_kernels.nn.clipping import Threshold, checked, factors, larger
+from adamix_kernels.nn.clipping import Limit, Threshold, checked, factors, larger
 from adamix_kernels.nn.errors import PrivacyError
 from adamix_kernels.nn.hooks import Hook, ZeroGrad
 from adamix_kernels.nn.metrics import Metrics
@@ -51,8 +51,8 @@ class DPEngine:
         strategy: "book_keeping" keeps activations and backprops of every layer until the norms are known: one
             backward pass. "two_pass" needs the least memory and a second pass: call `dp.backward(loss)`. "per_layer"
             clips each layer by itself, within the backward pass. "materialize" makes all per-sample gradients.
-            "auto" is "book_keeping" that keeps a layer's per-sample gradients instead where they are smaller than its
-            activations and backprops, as the last two do too; `validate` prints what each would take.
+            "auto" is "book_keeping" that keeps a layer's per-sample gradients instead where they are few or smaller
+            than its activations and backprops, as the last two do too; `validate` prints what each would take.
         clipping: "flat" clips samples above the threshold; "automatic" normalises every sample (Bu et al. 2022).
         loss_reduction: "mean" if the loss is the mean over the samples of a batch, "sum" if their sum. A mean over
             something else, such as the tokens that are not padding, depends on other samples: use a sum.
@@ -219,7 +219,7 @@ class DPEngine:
         if self.loss_reduction == "mean":
             check_labels(kwargs)
         self._watch()
-        found = [x for x in tree_leaves((args, dict(kwargs))) if isinstance(x, Tensor) and x.dim() > 0]
+        found = [x for x in _leaves(args, kwargs) if x.dim() > 0]
         if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in found):
             raise PrivacyError(
                 "model: called within torch.func, whose gradients are not clipped; for public rows do it within "
@@ -233,8 +233,8 @@ class DPEngine:
     def _after_forward(self, module: nn.Module, args: Any, kwargs: Any, outputs: Any) -> None:
         began, self.forward_number = self.forward_number, None
         if began is not None and outputs is not None:
-            for x in tree_leaves(outputs):
-                if isinstance(x, Tensor) and x.grad_fn is not None:
+            for x in _leaves((outputs,), {}):
+                if x.grad_fn is not None:
                     x.grad_fn.register_prehook(Hook(lambda _, began=began: self._passes.come_through(began)))
             tell_apart(self, module, args, kwargs)
 
@@ -264,13 +264,22 @@ class DPEngine:
         with torch._C.DisableTorchFunctionSubclass():
             return Threshold.of(self.max_grad_norm, {self.layers[name] for name, p in parameters if p.requires_grad})
 
-    def _coef(self, norm_sq: Tensor, layer: str | None) -> Tensor:
+    def _limit(self, samples: int, layer: str | None) -> Limit:
+        """The threshold for gradients as the loss scales them."""
         limit = self._threshold.whole if layer is None else self._threshold.layer(layer)
-        return factors(norm_sq, limit, self._scale(max(len(norm_sq), 1)), self.clipping == "automatic")
+        return limit * self._scale(max(samples, 1))
+
+    def _coef(self, norm_sq: Tensor, layer: str | None) -> Tensor:
+        samples = len(norm_sq)
+        return factors(norm_sq, self._limit(samples, layer), self._scale(max(samples, 1)), self.clipping == "automatic")
+
+    def _divided(self, samples: int) -> float:
+        """By what clipped sums are divided before they are released."""
+        return self._scale(max(samples, 1)) * self._divisor
 
     def _released(self, coef: Tensor) -> Tensor:
         """Clipping factors of a pass, for sums that need no scaling afterwards."""
-        return coef.to(self._sum_dtype) / (self._scale(max(len(coef), 1)) * self._divisor)
+        return coef.to(self._sum_dtype) / self._divided(len(coef))
 
     def _add(self, parameter: PrivateParameter, total: Tensor) -> None:
         """Add a clipped sum to what the step releases, once this backward pass has ended well."""
@@ -387,6 +396,13 @@ class DPEngine:
             "DPEngine: cannot be pickled or copied, two would share a model and repeat noise; save "
             "dp.state_dict(), and make a new engine of the loaded model"
         )
+
+
+def _leaves(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors in arguments, or in whatever a model gives."""
+    if not kwargs and all(isinstance(x, Tensor) for x in args):
+        return list(args)
+    return [x for x in tree_leaves((args, dict(kwargs))) if isinstance(x, Tensor)]
 
 
 def _zeros(parameter: Tensor) -> Tensor:

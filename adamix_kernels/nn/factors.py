@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 from adamix_kernels.ops._factored import positions_axis
 from adamix_kernels.ops.clip import clip_sum
 from adamix_kernels.ops.conv import conv_clip_sum, conv_norm_sq
+from adamix_kernels.ops.conv_clip import conv_norm_clip_sum
 from adamix_kernels.ops.conv_grad import conv_grad_sample
 from adamix_kernels.ops.embedding import embedding_clip_sum, embedding_norm_sq
 from adamix_kernels.ops.linear import linear_clip_sum, linear_norm_sq
@@ -93,7 +94,8 @@ class LinearFactors:
 
     def grad_sample(self) -> list[Tensor]:
         a, g = positions_axis(self.activations).to(self.backprops.dtype), positions_axis(self.backprops)
-        weight = torch.bmm(a.mT, g) if self.transposed else torch.bmm(g.mT, a)
+        left, right = (a, g) if self.transposed else (g, a)
+        weight = left.mT * right if g.shape[1] == 1 else torch.bmm(left.mT, right)  # for outer products bmm is slow
         return [weight, g.sum(1)] if self.bias else [weight]
 
 
@@ -115,6 +117,23 @@ class ConvFactors:
 
     def clip_sum(self, coef: Tensor) -> list[Tensor]:
         return _with_bias(*conv_clip_sum(self.activations, self.backprops, coef, **self.shape, bias=self.bias))
+
+    @property
+    def products(self) -> int:
+        """Multiplications in its gradients."""
+        return self.backprops.numel() * self.activations.shape[1] // self.shape["groups"] * self.kernel
+
+    @property
+    def kernel(self) -> int:
+        return math.prod(self.shape["kernel_size"])
+
+    def norm_clip_sum(self, norm_sq: list[Tensor], max_grad_norm: float | Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Squared norms with those of all other parameters, and the sum clipped by them."""
+        norm_sq = norm_sq or [self.activations.new_zeros(self.samples)]
+        total = conv_norm_clip_sum(
+            self.activations, self.backprops, norm_sq, max_grad_norm, **self.shape, bias=self.bias
+        )
+        return total.norm_sq, _with_bias(total.weight, total.bias)
 
     def grad_sample(self) -> list[Tensor]:
         return _with_bias(*conv_grad_sample(self.activations, self.backprops, **self.shape, bias=self.bias))
@@ -194,17 +213,20 @@ class StackedFactors:
 
 
 _DIVISIBLE = (LinearFactors, ConvFactors, ScaleShiftFactors)
+#: Gradients of so many numbers are kept in any case: one call of an op takes those of all layers.
+_FEW = 1 << 16
 
 
 def smaller(factors: Factors) -> Factors:
-    """The gradients themselves where they are smaller than the factors: also faster, products are made only once."""
+    """The gradients themselves where they are few, or smaller than the factors: faster, products are made only once."""
     if not isinstance(factors, _DIVISIBLE):
         return factors
     a, g = factors.activations, factors.backprops
     if isinstance(factors, ConvFactors):
-        weights = g.shape[1] * a.shape[1] // factors.shape["groups"] * math.prod(factors.shape["kernel_size"])
+        weights = g.shape[1] * a.shape[1] // factors.shape["groups"] * factors.kernel
         able = a.device.type == "cpu"  # on others the op runs on its reference
     else:
         weights = g.shape[-1] * (a.shape[-1] if isinstance(factors, LinearFactors) else 1)
         able = g.dtype in (torch.float32, torch.float64)  # a product of two halves would be rounded to one
-    return PerSample(factors.grad_sample()) if able and len(g) * weights <= a.numel() + g.numel() else factors
+    keep = able and g.shape[0] * weights <= max(a.numel() + g.numel(), _FEW)
+    return PerSample(factors.grad_sample()) if keep else factors

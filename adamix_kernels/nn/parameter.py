@@ -121,7 +121,7 @@ def _collect(values: Iterable[Any], found: list[Tensor]) -> None:
             continue
         if isinstance(value, Tensor):
             found.append(value)
-        elif isinstance(value, (list, tuple)):  # noqa: UP038  a union is slower, and every call asks
+        elif isinstance(value, (list, tuple)):  # a union is slower, and every call asks
             _collect(value, found)
         elif isinstance(value, Mapping):
             _collect(value.values(), found)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from adamix_kernels.nn.combine import combine, gathered
 from adamix_kernels.nn.errors import PrivacyError
-from adamix_kernels.nn.factors import Factors, PerSample, smaller
+from adamix_kernels.nn.factors import ConvFactors, Factors, PerSample, smaller
 from adamix_kernels.nn.parameter import Derived, PrivateParameter, names
 
 if TYPE_CHECKING:
@@ -186,11 +186,39 @@ class Passes:
 
     def _close(self, now: _Pass, layer: str) -> None:
         engine, parts = self._engine, combine(now.records.pop(layer))
-        now.norms.append(_total([factors.norm_sq() for _, factors in parts]))
         if engine.strategy == "per_layer":
-            self._sum(parts, engine._released(engine._coef(now.norms[-1], layer)))
-        elif self.coef is not None:
+            now.norms.append(self._clip(parts, layer))
+            return
+        now.norms.append(_total([factors.norm_sq() for _, factors in parts]))
+        if self.coef is not None:
             self._sum(parts, engine._released(self.coef))
+
+    def _clip(self, parts: list[Record], layer: str | None) -> Tensor:
+        """Sum gradients, clipped as one by the threshold of a layer or the whole; their squared norms `[B]`."""
+        engine, joined = self._engine, self._take_last(parts)
+        norm_sq = [factors.norm_sq() for _, factors in parts]
+        if joined is None:
+            total = _total(norm_sq)
+        else:
+            parameters, conv = joined
+            total, sums = conv.norm_clip_sum(norm_sq, engine._limit(conv.samples, layer))
+            for parameter, clipped in zip(parameters, sums, strict=True):
+                engine._add(parameter, clipped.div_(engine._divided(conv.samples)))
+            del joined, conv
+        if parts:
+            coef = engine._released(engine._coef(total, layer))
+        while parts:  # each is freed when it is summed
+            self._sum([parts.pop()], coef)
+        return total
+
+    def _take_last(self, parts: list[Record]) -> tuple[tuple[PrivateParameter, ...], ConvFactors] | None:
+        """The costliest convolution: with the norms of all else its own and its sum are made in one pass."""
+        convs = [(use.products, i) for i, (_, use) in enumerate(parts) if isinstance(use, ConvFactors)]
+        if not convs or self._engine.clipping != "flat":
+            return None
+        parameters, conv = parts.pop(max(convs)[1])
+        assert isinstance(conv, ConvFactors)
+        return parameters, conv
 
     def _sum(self, parts: Sequence[Record], coef: Tensor) -> None:
         for parameters, factors in parts:
@@ -208,8 +236,10 @@ class Passes:
         if now is None:
             return
         with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
-            if self._engine.keeps_factors:
-                self._sum_all(now)
+            if self._engine.keeps_factors and now.records:
+                parts = gathered(combine([record for records in now.records.values() for record in records]))
+                now.records.clear()
+                now.norms.append(self._clip(parts, None))
             for layer in list(now.records):
                 self._close(now, layer)
             if now.norms:
@@ -230,15 +260,6 @@ class Passes:
                 "whose norms clip them; a recomputed part draws other random numbers, or a hook does not do the same "
                 "twice. Pass preserve_rng_state=True to checkpoint(), or strategy='per_layer' or 'book_keeping'"
             )
-
-    def _sum_all(self, now: _Pass) -> None:
-        parts = gathered(combine([record for records in now.records.values() for record in records]))
-        now.records.clear()
-        if parts:
-            now.norms = [_total([factors.norm_sq() for _, factors in parts])]
-            coef = self._engine._released(self._engine._coef(now.norms[0], None))
-        while parts:  # each is freed when it is summed
-            self._sum([parts.pop()], coef)
 
 
 def _total(norm_sq: Sequence[Tensor]) -> Tensor:

@@ -56,9 +56,7 @@ class Rules:
         self._buffers: set[int] = set()
         self._buffers_of: int | None = None
 
-    def use(
-        self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], found: list[Tensor]
-    ) -> Any:
+    def use(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], found: list[Tensor]) -> Any:
         """A function's result; `found` are the tensors among its arguments."""
         if not any(trains(x) for x in found):
             return func(*args, **kwargs)
@@ -171,7 +169,9 @@ class Rules:
             outside = x.requires_grad or self._is_input(x) or not torch.is_grad_enabled()
             sure = self.probing or (outside and x.dim() > 1 and self.batch_size not in x.shape[1:])
             use = what if outside else f"{what} of what is computed"
-            (self.told if sure else self.doubtful).update((name, use) for name in self._names_of(targets))
+            (self.told if sure else self.doubtful).update(
+                (base._dp_name, use) for base in bases([x for x in targets if trains(x)])
+            )
 
     def check_normalised(self, x: Tensor, shape: Sequence[int], what: str, *targets: Any) -> None:
         if x.dim() <= len(shape):

@@ -7,7 +7,6 @@ becomes factors of per-sample gradients.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +37,12 @@ class Use:
         engine._passes.expect(self)
 
     def receive(self, nodes: Sequence[Any], saved: Sequence[Tensor], backprops: Any) -> None:
-        with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+        if torch.is_grad_enabled():
+            raise PrivacyError(
+                f"{names(self.targets)}: gradients are taken with create_graph=True, and second derivatives have no "
+                "rule; leave it off, or freeze the parameter"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
             pairs = zip(self.targets, nodes, strict=True)
             wanted = [target.requires_grad and _executes(node, self.targets) for target, node in pairs]
             if any(wanted):
@@ -59,21 +63,6 @@ def _executes(node: Any, targets: Sequence[Tensor]) -> bool:
         ) from None
 
 
-def _once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Refuses create_graph=True: a penalty on gradients would silently lack its part of the weights' gradient."""
-
-    @functools.wraps(backward)
-    def run(ctx: Any, *grads: Any) -> Any:
-        if torch.is_grad_enabled():
-            raise PrivacyError(
-                f"{names(ctx.use.targets)}: gradients are taken with create_graph=True, and second derivatives have no "
-                "rule; leave it off, or freeze the parameter"
-            )
-        return backward(ctx, *grads)
-
-    return run
-
-
 class Tap(torch.autograd.Function):
     """`out`, which nobody else holds yet, with the targets in its history."""
 
@@ -86,7 +75,6 @@ class Tap(torch.autograd.Function):
         return out
 
     @staticmethod
-    @_once
     def backward(ctx: Any, grad: Tensor | None) -> Any:
         if grad is not None:
             ctx.use.receive([node for node, _ in ctx.next_functions[-len(ctx.use.targets) :]], ctx.saved_tensors, grad)
@@ -103,7 +91,6 @@ class Joint(torch.autograd.Function):
         return tuple(out.detach() for out in tensors[:count])  # autograd refuses several in place
 
     @staticmethod
-    @_once
     def backward(ctx: Any, *grads: Tensor) -> Any:
         nodes = [node for node, _ in ctx.next_functions[-len(ctx.use.targets) :]]
         ctx.use.receive(nodes, ctx.saved_tensors, grads)
@@ -120,7 +107,6 @@ class Rows(torch.autograd.Function):
         return target.detach().expand(shape)
 
     @staticmethod
-    @_once
     def backward(ctx: Any, grad: Tensor | None) -> Any:
         if grad is not None:
             ctx.use.receive([ctx.next_functions[-1][0]], [], grad)

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -64,13 +65,10 @@ void conv_norm_sq(Address activations, Address backprops, int64_t samples, const
   const int64_t outputs = shape.outputs / shape.groups;
   // Gradients written out cost less than their multiplications tell: `gram` must be clearly cheaper.
   const bool far = 2 * shape.positions() * (shape.window() + outputs) < shape.window() * outputs;
-  if (by_samples(shape) && !(gram && far)) {
-    const auto norms = conv_norm_sq_by_samples(reinterpret_cast<const void*>(activations.first), activations.second,
-                                               reinterpret_cast<const void*>(backprops.first), backprops.second,
-                                               samples, shape, bias, threads);
-    return round_up(norms, shape.outputs * (shape.window() + 1) + 4 * shape.positions() + 64,
-                    reinterpret_cast<float*>(out));
-  }
+  if (by_samples(shape) && !(gram && far))
+    return conv_norm_sq_by_samples(reinterpret_cast<const void*>(activations.first), activations.second,
+                                   reinterpret_cast<const void*>(backprops.first), backprops.second, samples, shape,
+                                   bias, reinterpret_cast<float*>(out), threads);
   const Groups all{0, shape.groups};
   const Windows a(reinterpret_cast<const void*>(activations.first), activations.second, shape, all);
   const Channels g(reinterpret_cast<const void*>(backprops.first), backprops.second, shape, all);
@@ -78,7 +76,7 @@ void conv_norm_sq(Address activations, Address backprops, int64_t samples, const
       factored_norm_sq({a, g, samples * shape.groups, shape.positions()}, bias, gram, threads);
   std::vector<double> norms(samples);
   for (size_t k = 0; k < parts.size(); ++k) norms[k / shape.groups] += parts[k];
-  round_up(norms, shape.outputs * (shape.window() + 1) + 4 * shape.positions() + 64, reinterpret_cast<float*>(out));
+  round_up(norms, norm_terms(shape), reinterpret_cast<float*>(out));
 }
 
 void conv_clip_sum(Address activations, Address backprops, Address coef, int64_t samples, const ConvArgs& args,
@@ -99,6 +97,20 @@ void conv_clip_sum(Address activations, Address backprops, Address coef, int64_t
                  threads);
     if (bias != 0) bias_sum(factors, scales, reinterpret_cast<float*>(bias) + group * outputs, nullptr, 0, threads);
   }
+}
+
+void conv_joined(Address activations, Address backprops, const std::vector<Address>& others, int64_t samples,
+                 const ConvArgs& args, double threshold, uintptr_t norm_sq, uintptr_t weight, uintptr_t bias,
+                 int threads) {
+  std::vector<double> norms(samples);
+  for (const Address& part : others) {
+    const std::vector<double> values = widened(reinterpret_cast<const void*>(part.first), part.second, samples);
+    for (int64_t b = 0; b < samples; ++b) norms[b] += values[b];
+  }
+  conv_clip_sum_joined(reinterpret_cast<const void*>(activations.first), activations.second,
+                       reinterpret_cast<const void*>(backprops.first), backprops.second, norms, threshold,
+                       shape_of(args), reinterpret_cast<float*>(weight), reinterpret_cast<float*>(bias), threads);
+  std::copy(norms.begin(), norms.end(), reinterpret_cast<double*>(norm_sq));
 }
 
 void conv_grads(Address activations, Address backprops, int64_t samples, const ConvArgs& args, uintptr_t weight,
@@ -146,6 +158,8 @@ void bind_factored(py::module_& m) {
   m.def("conv_norm_sq", &conv_norm_sq, py::call_guard<py::gil_scoped_release>());
   m.def("conv_grad_sample", &conv_grads, py::call_guard<py::gil_scoped_release>());
   m.def("conv_clip_sum", &conv_clip_sum, py::call_guard<py::gil_scoped_release>());
+  m.def("conv_norm_clip_sum", &conv_joined, py::call_guard<py::gil_scoped_release>());
+  m.def("conv_by_samples", [](const ConvArgs& args) { return by_samples(shape_of(args)); });
   m.def("softmax_head", &softmax_head, py::call_guard<py::gil_scoped_release>());
   m.def("softmax_head_coordinates", &softmax_head_coordinates, py::call_guard<py::gil_scoped_release>());
 }

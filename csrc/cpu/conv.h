@@ -106,10 +106,16 @@ void conv_grad_sample(const void* activations, DType a_type, const void* backpro
 
 // Whether norms and sums are best made from the gradients of one sample after the other, and these.
 bool by_samples(const ConvShape& shape);
-std::vector<double> conv_norm_sq_by_samples(const void* activations, DType a_type, const void* backprops, DType g_type,
-                                            int64_t samples, const ConvShape& shape, bool bias, int threads);
+void conv_norm_sq_by_samples(const void* activations, DType a_type, const void* backprops, DType g_type,
+                             int64_t samples, const ConvShape& shape, bool bias, float* norm_sq, int threads);
 void conv_clip_sum_by_samples(const void* activations, DType a_type, const void* backprops, DType g_type,
                               const std::vector<double>& coef, const ConvShape& shape, float* weight, float* bias,
                               int threads);
+// Norms and sum in one pass: `norm_sq` comes with the squared norms of all else and leaves with those of everything.
+void conv_clip_sum_joined(const void* activations, DType a_type, const void* backprops, DType g_type,
+                          std::vector<double>& norm_sq, double threshold, const ConvShape& shape, float* weight,
+                          float* bias, int threads);
+// The terms of a squared norm, for `round_up`.
+inline int64_t norm_terms(const ConvShape& s) { return s.outputs * (s.window() + 1) + 4 * s.positions() + 64; }
 
 }  // namespace adamix

@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "blocks.h"
+#include "clip.h"
 #include "conv.h"
 #include "float_state.h"
 #include "isa.h"
@@ -143,7 +144,104 @@ struct Layer {
       });
     });
   }
+
+  // All groups of sample b.
+  void sample(int64_t b, bool bias, Workspace& work) const {
+    work.weight.resize(weights() * s.groups);
+    work.bias.resize(s.outputs);
+    for (int64_t group = 0; group < s.groups; ++group)
+      gradient(b * s.groups + group, work.weight.data() + group * weights(),
+               bias ? work.bias.data() + group * outputs() : nullptr, work);
+  }
 };
+
+// The squared norm of a sample's gradient, with room for what float32 sums may lose.
+class Norm {
+ public:
+  Norm(const Layer& layer, bool bias)
+      : layer_(layer),
+        bias_(bias),
+        a_square_(sum_sq_of(layer.a_type)),
+        g_square_(sum_sq_of(layer.g_type)),
+        square_(sum_sq_of(DType::kFloat32)) {
+    const ConvShape& s = layer.s;
+    for (int axis = 0; axis < 3; ++axis)
+      seen_ *= std::min<int64_t>(s.out[axis], (s.dilation[axis] * (s.kernel[axis] - 1)) / s.stride[axis] + 1);
+  }
+
+  // Of sample b, whose gradient lies in the workspace.
+  float operator()(int64_t b, const Workspace& work) const {
+    double total = 0;
+    for (int64_t group = 0; group < layer_.s.groups; ++group)
+      total += of_group(b * layer_.s.groups + group, work.weight.data() + group * layer_.weights(),
+                        work.bias.data() + group * layer_.outputs());
+    return round_up(total, norm_terms(layer_.s));
+  }
+
+ private:
+  double of_group(int64_t k, const float* weight, const float* bias) const {
+    const int64_t positions = layer_.s.positions(), outputs = layer_.outputs(), weights = layer_.weights();
+    const int64_t a_size = size_of(layer_.a_type) * layer_.inputs();
+    const int64_t g_size = size_of(layer_.g_type) * outputs * positions;
+    const double a = a_square_(static_cast<const char*>(layer_.activations) + k * a_size, layer_.inputs());
+    const double g = g_square_(static_cast<const char*>(layer_.backprops) + k * g_size, outputs * positions);
+    // R, the sum of |a_t| |g_t|, is at most this: Cauchy-Schwarz, each input counted as often as it may be seen.
+    const double r = std::sqrt((a * seen_ + (bias_ ? positions : 0)) * g) * (1 + 0x1p-30);
+    double norm = square_(weight, weights);
+    if (bias_) norm += square_(bias, outputs);
+    // What the float32 chains may have lost, and what underflowed.
+    const double chains = std::min(positions, kDepth) + positions / kDepth + 3;
+    const double lost = chains * 0x1p-24 * r + (r > 0 ? positions * std::sqrt(weights) * 0x1p-126 : 0);
+    const double room = (std::min<double>(positions, 64) + 16 + positions / 128.0) * 0x1p-23;  // see `sum_error`
+    const double whole = std::sqrt(norm) * (1 + 0x1p-30) + lost + room * r;
+    return whole * whole;
+  }
+
+  const Layer& layer_;
+  bool bias_;
+  SumSq a_square_, g_square_, square_;
+  double seen_ = 1;  // how many windows see one input at most
+};
+
+// The sum of gradients times `factor(b, work)`, which finds sample b's there; those with `skips(b)` are not made.
+template <class Skips, class Factor>
+void sum_samples(const Layer& layer, Skips skips, Factor factor, float* weight, float* bias, int threads) {
+  const ConvShape& s = layer.s;
+  const int64_t size = layer.weights() * s.groups, all = size + (bias == nullptr ? 0 : s.outputs);
+  // In a number that does not depend on the threads.
+  const int64_t parts = std::clamp<int64_t>(layer.samples / 8, 1, 8);
+  const auto add = pick(add_portable<double>, add_avx2<double>, add_avx512<double>);
+  std::vector<std::vector<double>> totals(parts);
+  constexpr int64_t kRun = 256;
+  const FloatState state = FloatState::current();
+#pragma omp parallel num_threads(threads) if (layer.samples * s.positions() * size > kSerial)
+  {
+    const FloatState::Hold hold(state);
+    Workspace work;
+#pragma omp for schedule(dynamic)
+    for (int64_t part = 0; part < parts; ++part) {
+      std::vector<double>& total = totals[part];
+      total.assign(all, 0.0);
+      for (int64_t b = layer.samples * part / parts; b < layer.samples * (part + 1) / parts; ++b) {
+        if (skips(b)) continue;
+        layer.sample(b, bias != nullptr, work);
+        const double coef = factor(b, work);
+        if (!(coef > 0)) continue;
+        add(total.data(), coef, work.weight.data(), size);
+        if (bias != nullptr) add(total.data() + size, coef, work.bias.data(), s.outputs);
+      }
+    }
+#pragma omp for schedule(static)
+    for (int64_t start = 0; start < all; start += kRun) {
+      const int64_t n = std::min(kRun, all - start);
+      double sum[kRun] = {};
+      for (const std::vector<double>& total : totals)
+        for (int64_t i = 0; i < n; ++i) sum[i] += total[start + i];
+      for (int64_t i = start; i < start + n; ++i)
+        (i < size ? weight[i] : bias[i - size]) = static_cast<float>(sum[i - start]);
+    }
+  }
+}
 
 }  // namespace
 
@@ -168,85 +266,44 @@ void conv_grad_sample(const void* activations, DType a_type, const void* backpro
   }
 }
 
-std::vector<double> conv_norm_sq_by_samples(const void* activations, DType a_type, const void* backprops, DType g_type,
-                                            int64_t samples, const ConvShape& s, bool bias, int threads) {
+void conv_norm_sq_by_samples(const void* activations, DType a_type, const void* backprops, DType g_type,
+                             int64_t samples, const ConvShape& s, bool bias, float* norm_sq, int threads) {
   const Layer layer{activations, backprops, a_type, g_type, samples, s};
-  const int64_t count = samples * s.groups, positions = s.positions(), outputs = layer.outputs();
-  const auto a_square = sum_sq_of(a_type), g_square = sum_sq_of(g_type), square = sum_sq_of(DType::kFloat32);
-  // How many windows see one input at most.
-  double seen = 1;
-  for (int axis = 0; axis < 3; ++axis)
-    seen *= std::min<int64_t>(s.out[axis], (s.dilation[axis] * (s.kernel[axis] - 1)) / s.stride[axis] + 1);
-  const double chains = std::min(positions, kDepth) + positions / kDepth + 3;
-  const double room = (std::min<double>(positions, 64) + 16 + positions / 128.0) * 0x1p-23;  // see `sum_error`
-  std::vector<double> parts(count), norms(samples);
+  const Norm norm(layer, bias);
   const FloatState state = FloatState::current();
-#pragma omp parallel num_threads(threads) if (count * positions * layer.weights() > kSerial)
+#pragma omp parallel num_threads(threads) if (samples * s.groups * s.positions() * layer.weights() > kSerial)
   {
     const FloatState::Hold hold(state);
     Workspace work;
-    work.weight.resize(layer.weights());
-    work.bias.resize(outputs);
 #pragma omp for schedule(static)
-    for (int64_t k = 0; k < count; ++k) {
-      layer.gradient(k, work.weight.data(), bias ? work.bias.data() : nullptr, work);
-      const int64_t a_size = size_of(a_type) * layer.inputs(), g_size = size_of(g_type) * outputs * positions;
-      const double a = a_square(static_cast<const char*>(activations) + k * a_size, layer.inputs());
-      const double g = g_square(static_cast<const char*>(backprops) + k * g_size, outputs * positions);
-      // R, the sum of |a_t| |g_t|, is at most this: Cauchy-Schwarz, each input counted as often as it may be seen.
-      const double r = std::sqrt((a * seen + (bias ? positions : 0)) * g) * (1 + 0x1p-30);
-      double norm = square(work.weight.data(), layer.weights());
-      if (bias) norm += square(work.bias.data(), outputs);
-      // What the float32 chains may have lost, and what underflowed.
-      const double lost = chains * 0x1p-24 * r + (r > 0 ? positions * std::sqrt(layer.weights()) * 0x1p-126 : 0);
-      const double whole = std::sqrt(norm) * (1 + 0x1p-30) + lost + room * r;
-      parts[k] = whole * whole;
+    for (int64_t b = 0; b < samples; ++b) {
+      layer.sample(b, bias, work);
+      norm_sq[b] = norm(b, work);
     }
   }
-  for (int64_t k = 0; k < count; ++k) norms[k / s.groups] += parts[k];
-  return norms;
 }
 
 void conv_clip_sum_by_samples(const void* activations, DType a_type, const void* backprops, DType g_type,
                               const std::vector<double>& coef, const ConvShape& s, float* weight, float* bias,
                               int threads) {
-  const int64_t samples = coef.size();
-  const Layer layer{activations, backprops, a_type, g_type, samples, s};
-  const int64_t size = layer.weights() * s.groups;
-  const int64_t parts = std::clamp<int64_t>(samples / 8, 1, 8);  // in a number that does not depend on the threads
-  const auto add = pick(add_portable<double>, add_avx2<double>, add_avx512<double>);
-  std::vector<std::vector<double>> totals(parts);
-  constexpr int64_t kRun = 256;
-  const FloatState state = FloatState::current();
-#pragma omp parallel num_threads(threads) if (samples * s.positions() * size > kSerial)
-  {
-    const FloatState::Hold hold(state);
-    Workspace work;
-    work.weight.resize(layer.weights());
-    work.bias.resize(layer.outputs());
-#pragma omp for schedule(dynamic)
-    for (int64_t part = 0; part < parts; ++part) {
-      std::vector<double>& total = totals[part];
-      total.assign(size + (bias == nullptr ? 0 : s.outputs), 0.0);
-      for (int64_t b = samples * part / parts; b < samples * (part + 1) / parts; ++b)
-        for (int64_t group = 0; group < s.groups && coef[b] > 0; ++group) {
-          layer.gradient(b * s.groups + group, work.weight.data(), bias == nullptr ? nullptr : work.bias.data(), work);
-          add(total.data() + group * layer.weights(), coef[b], work.weight.data(), layer.weights());
-          if (bias != nullptr)
-            add(total.data() + size + group * layer.outputs(), coef[b], work.bias.data(), layer.outputs());
-        }
-    }
-    const int64_t all = size + (bias == nullptr ? 0 : s.outputs);
-#pragma omp for schedule(static)
-    for (int64_t start = 0; start < all; start += kRun) {
-      const int64_t n = std::min(kRun, all - start);
-      double sum[kRun] = {};
-      for (const std::vector<double>& total : totals)
-        for (int64_t i = 0; i < n; ++i) sum[i] += total[start + i];
-      for (int64_t i = start; i < start + n; ++i)
-        (i < size ? weight[i] : bias[i - size]) = static_cast<float>(sum[i - start]);
-    }
-  }
+  const Layer layer{activations, backprops, a_type, g_type, static_cast<int64_t>(coef.size()), s};
+  sum_samples(
+      layer, [&](int64_t b) { return !(coef[b] > 0); }, [&](int64_t b, const Workspace&) { return coef[b]; }, weight,
+      bias, threads);
+}
+
+void conv_clip_sum_joined(const void* activations, DType a_type, const void* backprops, DType g_type,
+                          std::vector<double>& norm_sq, double threshold, const ConvShape& s, float* weight,
+                          float* bias, int threads) {
+  const Layer layer{activations, backprops, a_type, g_type, static_cast<int64_t>(norm_sq.size()), s};
+  const Norm norm(layer, bias != nullptr);
+  const auto factor = [&](int64_t b, const Workspace& work) {
+    norm_sq[b] += norm(b, work);
+    float coef;
+    clip_coef(&norm_sq[b], 1, threshold, &coef);
+    return coef;
+  };
+  sum_samples(layer, [](int64_t) { return false; }, factor, weight, bias, threads);
 }
 
 }  // namespace adamix

@@ -68,20 +68,21 @@ SumSq sum_sq_of(DType dtype) {
   });
 }
 
-void round_up(const std::vector<double>& sums, int64_t terms, float* out) {
+float round_up(double sum, int64_t terms) {
   // Any order of n additions and multiplications in double errs by less than n 2^-52 of the sum, and by what
   // underflows. The smallest normal float is far above that: rows whose squares vanish must not pass for zero.
-  const double growth = 1 + static_cast<double>(terms + 1) * std::numeric_limits<double>::epsilon();
+  const double upper = sum * (1 + static_cast<double>(terms + 1) * std::numeric_limits<double>::epsilon());
   constexpr float least = std::numeric_limits<float>::min(), infinity = std::numeric_limits<float>::infinity();
-  for (size_t i = 0; i < sums.size(); ++i) {
-    const double upper = sums[i] * growth;
-    const float nearest = static_cast<float>(upper);
-    uint32_t bits;
-    std::memcpy(&bits, &nearest, sizeof bits);
-    const float y = as_float(bits + (nearest < upper));
-    const float bounded = y > least ? y : least;
-    out[i] = upper <= std::numeric_limits<float>::max() ? bounded : infinity;  // NaN too
-  }
+  const float nearest = static_cast<float>(upper);
+  uint32_t bits;
+  std::memcpy(&bits, &nearest, sizeof bits);
+  const float y = as_float(bits + (nearest < upper));
+  const float bounded = y > least ? y : least;
+  return upper <= std::numeric_limits<float>::max() ? bounded : infinity;  // NaN too
+}
+
+void round_up(const std::vector<double>& sums, int64_t terms, float* out) {
+  for (size_t i = 0; i < sums.size(); ++i) out[i] = round_up(sums[i], terms);
 }
 
 void grad_norm_sq(const std::vector<Tensor>& tensors, int64_t rows, float* out, int threads) {

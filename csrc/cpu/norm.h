@@ -26,6 +26,7 @@ using SumSq = double (*)(const void* x, int64_t size);
 SumSq sum_sq_of(DType dtype);
 
 // The floats at or above sums of `terms` squares made by `SumSq` and added up in double.
+float round_up(double sum, int64_t terms);
 void round_up(const std::vector<double>& sums, int64_t terms, float* out);
 
 }  // namespace adamix
