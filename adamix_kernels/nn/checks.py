@@ -78,6 +78,8 @@ def check_parameters(model: nn.Module, optimizer: Any, owned: set[int] | None = 
     """Each trainable parameter is stepped, and is still the one that the engine found, and nothing else is stepped."""
     found = {id(p): (name, p) for name, p in model.named_parameters()}
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if found.keys() == stepped == owned:
+        return
     for key, (name, parameter) in found.items():
         if parameter.requires_grad and key not in stepped:
             raise PrivacyError(

@@ -95,8 +95,9 @@ class LinearFactors:
     def grad_sample(self) -> list[Tensor]:
         a, g = positions_axis(self.activations).to(self.backprops.dtype), positions_axis(self.backprops)
         left, right = (a, g) if self.transposed else (g, a)
-        weight = left.mT * right if g.shape[1] == 1 else torch.bmm(left.mT, right)  # for outer products bmm is slow
-        return [weight, g.sum(1)] if self.bias else [weight]
+        if g.shape[1] == 1:  # for which bmm is slow
+            return _with_bias(left.mT * right, g[:, 0] if self.bias else None)
+        return _with_bias(torch.bmm(left.mT, right), g.sum(1) if self.bias else None)
 
 
 @dataclass

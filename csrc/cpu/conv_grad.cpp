@@ -82,6 +82,7 @@ void one(const A* a, const G* g, int64_t after, const ConvShape& s, float* out, 
   const int64_t outputs = s.outputs / s.groups, window = s.window(), positions = s.positions();
   const int64_t panels = (window + kWide - 1) / kWide;
   const auto add = pick(add_portable<float>, add_avx2<float>, add_avx512<float>);
+  const auto product = outer(), product_of_rest = outer(outputs % kTall == 0 ? kTall : outputs % kTall);
   float tile[kTall * kWide];
   work.columns.resize((positions + kDepth - 1) / kDepth * panels);
   if (positions == 0) std::fill_n(out, outputs * window, 0.0f);
@@ -107,7 +108,8 @@ void one(const A* a, const G* g, int64_t after, const ConvShape& s, float* out, 
         const int64_t height = std::min<int64_t>(kTall, outputs - o);
         const bool whole = n == kWide && from == 0;
         float* place = out + o * window + column;
-        outer(height)(tall.from(o), work.wide.data(), rows, whole ? place : tile, whole ? window : kWide);
+        (height == kTall ? product : product_of_rest)(tall.from(o), work.wide.data(), rows, whole ? place : tile,
+                                                      whole ? window : kWide);
         for (int64_t r = 0; r < height && !whole; ++r)
           if (from == 0)
             std::memcpy(place + r * window, tile + r * kWide, n * sizeof(float));

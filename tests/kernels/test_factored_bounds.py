@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hostile_samples import BOUND, exact_norm_sq, generator, randn, samples, worst_contribution
+from hostile_samples import BOUND, exact_norm_sq, flat_norm, generator, randn, samples, worst_contribution
 from torch import Tensor
 
 from adamix_kernels.nn.combine import TiedFactors
@@ -18,6 +18,7 @@ from adamix_kernels.ops._factored import sum_error
 from adamix_kernels.ops._numerics import round_up
 from adamix_kernels.ops.clip import clip_coef
 from adamix_kernels.ops.conv import conv_clip_sum, conv_norm_sq
+from adamix_kernels.ops.conv_clip import conv_norm_clip_sum
 from adamix_kernels.ops.embedding import embedding_clip_sum, embedding_norm_sq
 from adamix_kernels.ops.linear import linear_clip_sum, linear_norm_sq
 from adamix_kernels.ops.scale_shift import scale_shift_clip_sum, scale_shift_norm_sq
@@ -100,6 +101,45 @@ def test_contribution_of_a_small_convolution_is_bounded(kernel: int, backend: st
         for other in {"torch", "cpp"} - {backend} if dtype == torch.float32 else ():  # whose sums are rounded otherwise
             with use_backend(other):
                 assert worst_contribution(norm_sq, clipped) <= BOUND
+
+
+@on_backends(conv_norm_clip_sum)
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_contribution_to_a_sum_in_one_pass_is_bounded(kernel: int, backend: str, dtype: torch.dtype) -> None:
+    """With a share of the rest of the model, whose norm of each sample is half the threshold or nothing."""
+    threshold, count = 0.25, 0
+    for factors in samples(dtype, [(6, 2, 4), (64, 20, 20), (300, 18, 20)]):
+        a, g = (x.mT for x in factors)
+        g = g[..., kernel - 1 :]
+        for share in (0.0, threshold / 2):
+            others = torch.full((1,), share**2, dtype=dtype)
+            with use_backend(backend):
+                weight, bias, norm_sq = conv_norm_clip_sum(a, g, others, threshold, (kernel,), bias=True)
+                rest = share * float(clip_coef(norm_sq, threshold))
+            assert math.hypot(flat_norm([weight, bias]), rest) <= threshold * BOUND
+            assert weight.isfinite().all()
+            count += 1
+    assert count > 100
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+def test_a_sum_in_one_pass_is_that_of_its_parts(backend: str) -> None:
+    """Also beside a sample that cancels, one that is not finite and one whose other gradients are not."""
+    a, g = randn(1, 40, 3, 20).float(), randn(2, 40, 40, 18).float()
+    g[7, :, 9:], a[7, :, 9:] = -g[7, :, :9], a[7, :, :11]
+    g[7] *= 1e12
+    a[11, 0, 3] = math.nan
+    others = [randn(seed, 40).float().square() for seed in (3, 4)]
+    others[1][13] = math.inf
+    with use_backend(backend):
+        weight, bias, norm_sq = conv_norm_clip_sum(a, g, others, 0.7, (3,), bias=True)
+        own = conv_norm_sq(a, g, (3,), bias=True)
+        coef = clip_coef(norm_sq, 0.7)
+        wanted = conv_clip_sum(a, g, coef, (3,), bias=True)
+    assert torch.equal(norm_sq, others[0].double() + others[1].double() + own.double())
+    assert coef[[11, 13]].tolist() == [0, 0] and coef[:11].min() > 0
+    torch.testing.assert_close(weight, wanted.weight, rtol=1e-6, atol=1e-6 * float(wanted.weight.abs().max()))
+    torch.testing.assert_close(bias, wanted.bias, rtol=1e-6, atol=1e-6 * float(wanted.bias.abs().max()))
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpp"])

@@ -19,6 +19,7 @@ from adamix_kernels import (
     clip_coef,
     conv_clip_sum,
     conv_grad_sample,
+    conv_norm_clip_sum,
     conv_norm_sq,
     grad_norm_sq,
     linear_clip_sum,
@@ -37,6 +38,7 @@ OPS = [
     conv_norm_sq,
     conv_clip_sum,
     conv_grad_sample,
+    conv_norm_clip_sum,
     softmax_head_clip_sum_noise,
     softmax_head_coordinates,
 ]
@@ -67,6 +69,7 @@ def works() -> dict[str, Any]:
         "sum": lambda: linear_clip_sum(a, g, coef, True, Noise(seed=1), 0.3),
         "conv norm": lambda: conv_norm_sq(image, back, **conv),
         "conv grads": lambda: conv_grad_sample(image, back, **conv),
+        "conv in one pass": lambda: conv_norm_clip_sum(image, back, coef[:4], 0.8, **conv),
         "conv sum": lambda: conv_clip_sum(image, back, coef[:4], **conv),
         "head": lambda: softmax_head_clip_sum_noise(x, labels, weight, bias, 1.0, 0.5, Noise(seed=2)),
         "coordinates": lambda: softmax_head_coordinates(x, labels, weight, randn(9, 3, 17 * 98), bias),
@@ -147,7 +150,7 @@ def test_float64_is_left_to_torch(op: Op[..., Any]) -> None:
     assert "float64" in str(op.why_not("cpp", arguments))
     first = op(**arguments)
     part = tree_leaves(first)[0]
-    assert part.dtype == (torch.float32 if "norm" in op.name else torch.float64)
+    assert part.dtype == (torch.float32 if op.name.endswith("norm_sq") else torch.float64)
 
 
 def test_a_sample_with_factor_zero_is_never_touched_by_what_it_holds() -> None:
