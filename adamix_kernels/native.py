@@ -58,14 +58,21 @@ def dtype_of(dtype: torch.dtype) -> Any:
 _LISTS = (list, tuple)
 
 
-def register(op: Any, *tensors: str, dtypes: Sequence[torch.dtype] = FLOAT_DTYPES) -> Callable[[Any], Any]:
+def register(
+    op: Any,
+    *tensors: str,
+    dtypes: Sequence[torch.dtype] = FLOAT_DTYPES,
+    computes_in: Sequence[str] | None = None,
+) -> Callable[[Any], Any]:
     """Attach an implementation of `op` for plain CPU tensors, which are the arguments `tensors`, or lists in them."""
 
     def refuses(**call: Any) -> str | None:
         values = [call[name] for name in tensors]
         return none_behind([x for value in values for x in (value if isinstance(value, _LISTS) else (value,))], "cpu")
 
-    return op.register("cpp", device="cpu", dtypes=dtypes, unavailable=unavailable, refuses=refuses)
+    return op.register(
+        "cpp", device="cpu", dtypes=dtypes, computes_in=computes_in, unavailable=unavailable, refuses=refuses
+    )
 
 
 @functools.cache

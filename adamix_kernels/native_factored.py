@@ -144,7 +144,11 @@ def _conv_grad_sample(activations: Tensor, backprops: Tensor, *, groups: int, bi
     return ConvGrad(weight, shift)
 
 
-@register(conv_norm_clip_sum, "activations", "backprops", "norm_sq", "max_grad_norm")
+@register(
+    conv_norm_clip_sum,
+    *("activations", "backprops", "norm_sq", "max_grad_norm"),
+    computes_in=("activations", "backprops"),
+)
 def _conv_norm_clip_sum(
     activations: Tensor,
     backprops: Tensor,
@@ -158,7 +162,8 @@ def _conv_norm_clip_sum(
     a, g = plain(activations), plain(backprops)
     shape, _, _ = _conv(a, g, groups=groups, **settings)
     if not compiled().conv_by_samples(shape):
-        return conv_norm_clip_sum.reference(a, g, norm_sq, max_grad_norm, groups=groups, bias=bias, **settings)
+        with torch.no_grad():
+            return conv_norm_clip_sum.reference(a, g, norm_sq, max_grad_norm, groups=groups, bias=bias, **settings)
     outputs, others = g.shape[1], [plain(part) for part in as_list(norm_sq)]
     total = torch.empty(len(a), dtype=torch.float64, device=CPU)
     weight = torch.empty(outputs, a.shape[1] // groups, *settings["kernel_size"], dtype=torch.float32, device=CPU)

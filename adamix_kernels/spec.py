@@ -80,6 +80,7 @@ class Backend:
     name: str
     device: str
     dtypes: Sequence[torch.dtype]
+    computes_in: Sequence[str] | None
     run: Callable[..., Any]
     unavailable: Callable[[], str | None]
     refuses: Callable[..., str | None]
@@ -87,7 +88,7 @@ class Backend:
     def why_not(self, bound: Mapping[str, Any], named: Iterable[str]) -> str | None:
         """Its reason against one call, whose tensor arguments are `named`."""
         if self.dtypes is not FLOAT_DTYPES:
-            for name in named:
+            for name in named if self.computes_in is None else self.computes_in:
                 value = bound[name]
                 for tensor in value if isinstance(value, _LISTS) else (value,):
                     if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype not in self.dtypes:
@@ -163,18 +164,20 @@ class Op(Generic[P, R]):
         *,
         device: str,
         dtypes: Sequence[torch.dtype] = FLOAT_DTYPES,
+        computes_in: Sequence[str] | None = None,
         unavailable: Callable[[], str | None] = lambda: None,
         refuses: Callable[..., str | None] = lambda **_: None,
     ) -> Callable[[Callable[P, R]], Callable[P, R]]:
         """Attach an implementation for tensors on a type of device, of certain `dtypes` where they are floating.
 
+        With `computes_in` only these arguments must be of them, the others may be of any floating type.
         `unavailable()` asks about the machine, `refuses(**arguments)` about one call.
         """
         if name not in AUTO_ORDER:
             raise ValueError(f"name: {name!r} is not a backend; expected one of {AUTO_ORDER}")
 
         def attach(run: Callable[P, R]) -> Callable[P, R]:
-            self.backends[name] = Backend(name, device, dtypes, run, unavailable, refuses)
+            self.backends[name] = Backend(name, device, dtypes, computes_in, run, unavailable, refuses)
             return run
 
         return attach

@@ -83,7 +83,8 @@ def conv_norm_clip_sum(
 
     Returns:
         `ConvClippedSum(weight, bias, norm_sq)`: sums float32, float64 if activations or backprops are; `norm_sq` `[B]`
-        float64 with those of this layer, from which `clip_coef` gives the factors that were used.
+        float64 with those of this layer, from which `clip_coef` gives the factors that were used; Inf where it is not
+        finite.
 
     Raises:
         TypeError, ValueError: names the argument that does not fit (its dtype, one of float32, bfloat16, float16 and
@@ -91,6 +92,8 @@ def conv_norm_clip_sum(
     """
     settings = (kernel_size, stride, padding, dilation, groups, bias)
     own = conv_norm_sq(activations, backprops, *settings)
-    total = torch.stack([*as_list(norm_sq), own]).sum(0, dtype=torch.float64)
+    total = (
+        torch.stack([*as_list(norm_sq), own]).sum(0, dtype=torch.float64).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    )
     sums = conv_clip_sum(activations, backprops, clip_coef(total, max_grad_norm), *settings)
     return ConvClippedSum(*sums, total)

@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 
 #include "blocks.h"
@@ -187,18 +188,37 @@ class Norm {
     const int64_t g_size = size_of(layer_.g_type) * outputs * positions;
     const double a = a_square_(static_cast<const char*>(layer_.activations) + k * a_size, layer_.inputs());
     const double g = g_square_(static_cast<const char*>(layer_.backprops) + k * g_size, outputs * positions);
-    // R, the sum of |a_t| |g_t|, is at most this: Cauchy-Schwarz, each input counted as often as it may be seen.
-    const double r = std::sqrt((a * seen_ + (bias_ ? positions : 0)) * g) * (1 + 0x1p-30);
     double norm = square_(weight, weights);
     if (bias_) norm += square_(bias, outputs);
-    // What the float32 chains may have lost, and what underflowed.
-    const double chains = std::min(positions, kDepth) + positions / kDepth + 3;
-    const double lost = chains * 0x1p-24 * r + (r > 0 ? positions * std::sqrt(weights) * 0x1p-126 : 0);
-    const double room = (std::min<double>(positions, 64) + 16 + positions / 128.0) * 0x1p-23;  // see `sum_error`
-    const double whole = std::sqrt(norm) * (1 + 0x1p-30) + lost + room * r;
+    norm = std::sqrt(norm) * (1 + 0x1p-30);
+    // R, the sum of |a_t| |g_t|, is at most this: Cauchy-Schwarz, each input counted as often as it may be seen. Where
+    // that is far from it, as beside large inputs that no window sees or whose backprops are 0, R itself.
+    double r = std::sqrt((a * seen_ + (bias_ ? positions : 0)) * g) * (1 + 0x1p-30);
+    if (!(guard(r) <= kFar * norm)) r = exact(k);
+    const double whole = norm + guard(r);
     return whole * whole;
   }
 
+  // What the float32 chains may have lost, and what underflowed; and room for other sums, see `sum_error`.
+  double guard(double r) const {
+    const int64_t positions = layer_.s.positions();
+    const double chains = std::min(positions, kDepth) + positions / kDepth + 3;
+    const double lost = chains * 0x1p-24 * r + (r > 0 ? positions * std::sqrt(layer_.weights()) * 0x1p-126 : 0);
+    return lost + (std::min<double>(positions, 64) + 16 + positions / 128.0) * 0x1p-23 * r;
+  }
+
+  double exact(int64_t k) const {
+    const ConvShape& s = layer_.s;
+    const Groups all{0, s.groups};
+    std::vector<double> a(s.positions()), g(s.positions());
+    Windows(layer_.activations, layer_.a_type, s, all).squares(k, 0, s.positions(), a.data());
+    Channels(layer_.backprops, layer_.g_type, s, all).squares(k, 0, s.positions(), g.data());
+    double r = 0;
+    for (int64_t t = 0; t < s.positions(); ++t) r += std::sqrt((a[t] + bias_) * g[t]);
+    return r * (1 + 0x1p-30);
+  }
+
+  static constexpr double kFar = 4e-4;
   const Layer& layer_;
   bool bias_;
   SumSq a_square_, g_square_, square_;
@@ -301,6 +321,7 @@ void conv_clip_sum_joined(const void* activations, DType a_type, const void* bac
   const Norm norm(layer, bias != nullptr);
   const auto factor = [&](int64_t b, const Workspace& work) {
     norm_sq[b] += norm(b, work);
+    if (std::isnan(norm_sq[b])) norm_sq[b] = std::numeric_limits<double>::infinity();  // of the others
     float coef;
     clip_coef(&norm_sq[b], 1, threshold, &coef);
     return coef;

@@ -123,6 +123,36 @@ def test_contribution_to_a_sum_in_one_pass_is_bounded(kernel: int, backend: str,
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpp"])
+@pytest.mark.parametrize("value", [1e4, 1e8, math.nan, math.inf])
+def test_inputs_that_no_window_sees_do_not_inflate_a_norm(value: float, backend: str) -> None:
+    """The guard is relative to what the products are made of, not to all that is there."""
+    a, g = randn(1, 3, 3, 8, 8).float(), randn(2, 3, 16, 3, 3).float()
+    layer: dict[str, Any] = {"kernel_size": (3, 3), "stride": 2, "bias": True}
+    with use_backend(backend):
+        before = conv_norm_clip_sum(a, g, torch.zeros(3), 1.0, **layer)
+        a[1, :, 7, :] = value
+        after = conv_norm_clip_sum(a, g, torch.zeros(3), 1.0, **layer)
+        own = conv_norm_sq(a, g, **layer)
+    torch.testing.assert_close(after.norm_sq, before.norm_sq, rtol=1e-3, atol=0)
+    torch.testing.assert_close(own.double(), before.norm_sq, rtol=1e-3, atol=0)
+    torch.testing.assert_close(after.weight, before.weight, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+@pytest.mark.parametrize("outputs", [2, 16])
+def test_a_sum_in_one_pass_takes_norms_of_any_kind(outputs: int, backend: str) -> None:
+    """Its own result, float64; with a history; with NaN, which is Inf as everywhere."""
+    a, g = randn(1, 3, 3, 6, 6).float(), randn(2, 3, outputs, 4, 4).float()
+    others = torch.tensor([1.0, math.nan, 2.0], dtype=torch.float64, requires_grad=True)
+    with use_backend(backend):
+        first = conv_norm_clip_sum(a, g, others, 1.0, (3, 3))
+        second = conv_norm_clip_sum(a, g, (first.norm_sq, torch.ones(3)), 1.0, (3, 3))
+    assert not first.norm_sq.requires_grad and not first.weight.requires_grad
+    assert first.norm_sq.isinf().tolist() == second.norm_sq.isinf().tolist() == [False, True, False]
+    assert second.norm_sq[0] > first.norm_sq[0] + 1 and first.weight.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
 def test_a_sum_in_one_pass_is_that_of_its_parts(backend: str) -> None:
     """Also beside a sample that cancels, one that is not finite and one whose other gradients are not."""
     a, g = randn(1, 40, 3, 20).float(), randn(2, 40, 40, 18).float()
