@@ -59,7 +59,7 @@ def save_checkpoint(folder: str | Path, checkpoint: Checkpoint) -> None:
     """
     folder = Path(folder)
     try:
-        _make_folder(folder)
+        durable.make_folder(folder)
         tensors = save({name: getattr(checkpoint, name).detach().cpu().contiguous() for name in _TENSORS})
         record = {key: value for key, value in vars(checkpoint).items() if key not in _TENSORS}
         record |= {"format": FORMAT, "tensors_sha256": hashlib.sha256(tensors).hexdigest()}
@@ -124,12 +124,6 @@ def _pairs(folder: Path) -> list[Path]:
 
 def _number(path: Path) -> int:
     return int(path.stem.removeprefix("step-"))
-
-
-def _make_folder(folder: Path) -> None:
-    for missing in [f for f in (folder, *folder.parents) if not f.exists()][::-1]:
-        missing.mkdir(exist_ok=True)
-        durable.sync_folder(missing.parent)
 
 
 def _prune(folder: Path) -> None:

@@ -69,6 +69,17 @@ def rename(old: Path, new: Path) -> None:
     sync_folder(new.parent)
 
 
+def make_folder(folder: Path) -> None:
+    """With the folders above it, all of them on the disk."""
+    for missing in [f for f in (folder, *folder.parents) if not f.exists()][::-1]:
+        _os.mkdir(missing)
+        sync_folder(missing.parent)
+
+
+def remove(path: Path) -> None:
+    _os.unlink(path)
+
+
 def seal(record: dict[str, Any]) -> bytes:
     """One line of JSON that ends with the SHA-256 of what stands before; `record` has a key at least."""
     body = json.dumps(record, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
@@ -92,7 +103,3 @@ def unseal(line: bytes) -> tuple[dict[str, Any], str]:
     if not isinstance(record, dict):
         raise ValueError("it is no record")
     return record, digest
-
-
-def remove(path: Path) -> None:
-    _os.unlink(path)
