@@ -60,7 +60,7 @@ def save_checkpoint(folder: str | Path, checkpoint: Checkpoint) -> None:
     folder = Path(folder)
     try:
         durable.make_folder(folder)
-        tensors = save({name: getattr(checkpoint, name).detach().cpu().contiguous() for name in _TENSORS})
+        tensors = save({name: getattr(checkpoint, name).detach().cpu().clone() for name in _TENSORS})
         record = {key: value for key, value in vars(checkpoint).items() if key not in _TENSORS}
         record |= {"format": FORMAT, "tensors_sha256": hashlib.sha256(tensors).hexdigest()}
         path = folder / f"step-{checkpoint.finished:07d}.json"

@@ -1,6 +1,7 @@
 """A warm process that forks one training run per line of standard input, so that a crash costs 50 ms and not 5 s.
 
-A job is a JSON object: `folder` of the run, `settings`, `fault`, `at` and `only` of the `FaultySystem`, `kill_after` seconds.
+A job is a JSON object: `folder` of the run, `settings`; `fault`, `at` and `only` of the `FaultySystem`; `kill_after`
+seconds.
 The run notes each draw of noise in `draws` of the folder, by a file of its own that no fault touches.
 """
 

@@ -8,8 +8,8 @@ import signal
 from typing import Any, NoReturn
 
 CALLS = ("open", "write", "fsync", "close", "replace", "unlink", "ftruncate", "mkdir")
-#: Die before the call, in the middle of it (a write) or right after it; with the power cut, what was not synced is lost:
-#: the data and the names, or the data alone.
+#: Die before the call, or in the middle of it (a write) and right after it (others). With the power cut, what was not
+#: synced is lost: the data and the names, or the data alone.
 DEATHS = ("kill", "torn", "power", "power but names")
 #: The write fails: once, from now on, or by taking fewer bytes than it was given.
 ERRORS = ("EIO", "ENOSPC", "short")
