@@ -20,7 +20,6 @@ from adamix.ledger_records import head_path, read_ledger
 from adamix.private_phase import Step
 from adamix_kernels import Noise
 
-
 pytestmark = pytest.mark.filterwarnings("ignore:epsilon. inf", "ignore:noise_seed")
 
 
