@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Run
+from crash_server import train
 from test_crashes import check_counts, finish
 
+from adamix import durable
 from adamix.checkpoint import load_checkpoint
 
 
@@ -32,6 +36,16 @@ def fail_at_calls(server: Run, tmp_path: Path, stride: int) -> int:
                 assert charged - 1 <= load_checkpoint(folder / "checkpoint").finished <= charged
             finish(server, folder, 1 if refused else 0)
     return failures
+
+
+def test_writes_that_take_seven_bytes_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow:
+        def __getattr__(self, name: str) -> Any:
+            return (lambda file, data: os.write(file, data[:7])) if name == "write" else getattr(os, name)
+
+    monkeypatch.setattr(durable, "_os", Slow())
+    assert train(tmp_path, {})["steps"] == 3
+    assert check_counts(tmp_path) == load_checkpoint(tmp_path / "checkpoint").finished == 3
 
 
 def test_some_calls_fail(server: Run, tmp_path: Path) -> None:
