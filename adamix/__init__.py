@@ -4,7 +4,8 @@ from adamix.config import Config
 from adamix.data import Split, load_split
 from adamix.errors import InputError
 from adamix.features import extract_features
-from adamix.privacy import calibrate, dp_event, spent, spent_on
+from adamix.ledger import Ledger
+from adamix.privacy import calibrate, dp_event, spent, spent_on, spent_together
 from adamix.private_phase import Step
 from adamix.rows import Rows
 from adamix.trainer import AdaMix, Result
@@ -13,6 +14,7 @@ __all__ = [
     "AdaMix",
     "Config",
     "InputError",
+    "Ledger",
     "Result",
     "Rows",
     "Split",
@@ -23,4 +25,5 @@ __all__ = [
     "load_split",
     "spent",
     "spent_on",
+    "spent_together",
 ]

@@ -1,4 +1,4 @@
-"""The command line: `adamix train|baselines|features|info`, also `python -m adamix`."""
+"""The command line: `adamix train|budget|baselines|features|info`, also `python -m adamix`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from adamix import cli, cli_baselines
+from adamix import cli, cli_baselines, cli_budget
 from adamix.errors import InputError
 from adamix.report import to_json
 
@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
     root = _Parser(prog="adamix", description="Differentially private training with a little public data (AdaMix).")
     root.add_argument("--version", action="version", version=cli.version())
     commands = root.add_subparsers(dest="command", required=True, parser_class=_Parser)
-    for add in (cli.add_train, cli_baselines.add_baselines, cli.add_features, cli.add_info):
+    for add in (cli.add_train, cli_budget.add_budget, cli_baselines.add_baselines, cli.add_features, cli.add_info):
         add(commands)
     return root
 

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress
 from rich.table import Table
 
 import adamix_kernels
 from adamix import baselines, features
+from adamix.cli_budget import add_ledger_flags, check_ledger_flags, make_new_ledger
+from adamix.cli_common import Commands, add_command, console_of, progress_bar
 from adamix.config import Config
 from adamix.data import DEFAULT_SOURCE, Split, load_split
 from adamix.datasets import BENCHMARKS
@@ -29,29 +30,9 @@ from adamix.rows import Rows
 from adamix.storage import one_line
 from adamix.trainer import AdaMix, Result
 
-Commands = Any  # argparse keeps the type of a group of subparsers to itself
-
 
 def version() -> str:
     return f"adamix {metadata.version('adamix')}"
-
-
-def add_command(commands: Commands, name: str, run: Callable[[argparse.Namespace], dict[str, Any]], text: str) -> Any:
-    parser = commands.add_parser(name, help=text, description=text)
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line of stdout")
-    parser.set_defaults(run=run)
-    return parser
-
-
-def console_of(arguments: argparse.Namespace) -> Console:
-    """Tables go to stdout, or with --json to stderr."""
-    return Console(stderr=arguments.json, highlight=False)
-
-
-def progress_bar() -> Progress:
-    """On stderr, gone at the end, and only where somebody looks."""
-    console = Console(stderr=True)
-    return Progress(console=console, transient=True, disable=not console.is_terminal)
 
 
 # --- train -----------------------------------------------------------------------------------------------------------
@@ -72,6 +53,7 @@ def add_train(commands: Commands) -> None:
     parser.add_argument("--device", help="cpu, cuda, ...; default: a GPU if there is one")
     parser.add_argument("--compare", action="store_true", help="also train without privacy (outside the guarantee)")
     parser.add_argument("--out", help="new folder for config, metrics, weights and plot")
+    add_ledger_flags(parser)
     settings = parser.add_argument_group("settings")
     described = _settings_help()
     for field in dataclasses.fields(Config):
@@ -111,6 +93,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     """Run AdaMix once and show what it gained."""
     if arguments.out is not None:
         check_out(arguments.out)
+    check_ledger_flags(arguments)
     device = _device(arguments.device)
     settings = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Config)}
     Config(**{**settings, "expected_batch_size": settings["expected_batch_size"] or 1})  # before the data are loaded
@@ -130,10 +113,18 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     if settings["expected_batch_size"] is None:
         settings["expected_batch_size"] = _expected_batch_size(split, settings["sample_rate"])
     trainer = AdaMix(**settings)
+    make_new_ledger(arguments)
     with progress_bar() as progress:
         task = progress.add_task("private steps", total=trainer.config.steps)
         result = trainer.fit(
-            public=split.public, private=split.private, test=split.test, on_step=lambda _: progress.advance(task)
+            public=split.public,
+            private=split.private,
+            test=split.test,
+            on_step=lambda step: progress.update(task, completed=step.number),
+            ledger=arguments.ledger,
+            checkpoint=arguments.checkpoint,
+            checkpoint_every=arguments.checkpoint_every,
+            resume=arguments.resume,
         )
     summary = summarise(result, split, arguments.seed)
     if split.benchmark or arguments.compare:
@@ -188,6 +179,7 @@ def summarise(result: Result, split: Split, seed: int) -> dict[str, Any]:
         "noise_multiplier": result.noise_multiplier,
         "steps": len(result.steps),
         "seed": seed,
+        **({} if result.ledger_epsilon is None else {"ledger_epsilon": result.ledger_epsilon}),
     }
 
 
@@ -210,6 +202,8 @@ def _show_run(console: Console, summary: dict[str, Any], split: Split) -> None:
         f"noise multiplier {summary['noise_multiplier']:.4g}, {summary['steps']} steps. Data: {split.source}.",
         markup=False,
     )
+    if "ledger_epsilon" in summary:
+        console.print(f"Spent on these private rows in all, by the ledger: epsilon {summary['ledger_epsilon']:.6g}.")
     if "paragon_error" in summary:
         console.print("The paragon reads private rows without noise: it is outside the guarantee.")
 

@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from adamix import baselines
-from adamix.cli import Commands, add_command, console_of, progress_bar
+from adamix.cli_common import Commands, add_command, console_of, progress_bar
 from adamix.config import Config
 from adamix.data import DEFAULT_SOURCE, load_split
 from adamix.datasets import BENCHMARKS

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
+from collections.abc import Iterable
 
 import dp_accounting
 from dp_accounting.pld import PLDAccountant
@@ -21,6 +22,8 @@ from adamix_kernels import SamplingEvent
 
 #: The least noise multiplier for which Poisson batches are accounted as such.
 _LEAST = 0.5
+#: The same for full batches that are composed with Poisson batches.
+_LEAST_FULL = 0.1
 
 
 @functools.lru_cache(maxsize=256)  # Poisson batches: up to seconds a value
@@ -71,6 +74,62 @@ def spent_on(event: SamplingEvent, noise_multiplier: float, *, delta: float, ste
     accountant = PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
     accountant.compose(dp_accounting.SelfComposedDpEvent(dp_event(event, noise_multiplier), steps))
     return min(bound, float(accountant.get_epsilon(delta)))
+
+
+def spent_together(runs: Iterable[tuple[float, float, int]], *, delta: float) -> float:
+    """Epsilon at `delta` of several runs on the same rows: each a noise multiplier, a sample rate and steps.
+
+    Full batches: their mu add in squares, exactly. With Poisson batches the privacy loss distributions are composed,
+    and their bound by full batches is used where it is the smaller, or where there is too little noise for them.
+    """
+    steps: dict[tuple[float, float], int] = {}
+    for noise_multiplier, sample_rate, count in runs:
+        if count:
+            steps[noise_multiplier, sample_rate] = steps.get((noise_multiplier, sample_rate), 0) + count
+    return _spent_together(tuple(sorted((*mechanism, count) for mechanism, count in steps.items())), delta)
+
+
+@functools.lru_cache(maxsize=256)
+def _spent_together(runs: tuple[tuple[float, float, int], ...], delta: float) -> float:
+    if any(noise_multiplier == 0 for noise_multiplier, _, _ in runs):
+        return math.inf
+    if len(runs) < 2:
+        return sum(spent(noise, delta=delta, steps=count, sample_rate=rate) for noise, rate, count in runs)
+    as_full = 1 / math.sqrt(math.fsum(count / noise**2 for noise, _, count in runs))
+    bound = float(dp_accounting.get_epsilon_gaussian(as_full, delta))
+    sampled = [run for run in runs if run[1] < 1 and run[0] >= _LEAST]
+    mu_squared = math.fsum(count / noise**2 for noise, rate, count in runs if (noise, rate, count) not in sampled)
+    if not sampled or mu_squared * _LEAST_FULL**2 > 1:
+        return bound
+    accountant = PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
+    if mu_squared:
+        accountant.compose(dp_accounting.GaussianDpEvent(1 / math.sqrt(mu_squared)))
+    for noise, rate, count in sampled:
+        step = dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(noise))
+        accountant.compose(dp_accounting.SelfComposedDpEvent(step, count))
+    return min(bound, float(accountant.get_epsilon(delta)))
+
+
+def left_of(epsilon: float, runs: Iterable[tuple[float, float, int]], *, delta: float) -> float:
+    """What a budget leaves beside `runs`: the largest epsilon of a full-batch run that still fits, 0 if none does.
+
+    Not the difference of the epsilons, which do not add. With Poisson batches it may be 1 % of the budget too low.
+    """
+    runs = list(runs)
+    if spent_together(runs, delta=delta) >= epsilon:
+        return 0.0
+    largest = 1 / float(dp_accounting.get_sigma_gaussian(epsilon, delta))  # mu of the whole budget
+
+    def excess(mu: float) -> float:
+        return spent_together([*runs, (1 / mu, 1.0, 1)] if mu else runs, delta=delta) - epsilon
+
+    if all(rate == 1 for _, rate, _ in runs):
+        mu = math.sqrt(max(0.0, largest**2 - math.fsum(count / noise**2 for noise, _, count in runs if count)))
+    elif excess(largest) <= 0:
+        mu = largest
+    else:
+        mu = float(optimize.brentq(excess, 0.0, largest, xtol=largest / 200, rtol=1e-3)) - largest / 100
+    return min(epsilon, spent(1 / mu, delta=delta, steps=1)) if mu > 0 else 0.0
 
 
 def spent_by_step(noise_multiplier: float, *, delta: float, steps: int, sample_rate: float = 1.0) -> list[float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +41,10 @@ def private_phase(
     *,
     start: Tensor,
     anchor: Tensor,
+    charge: Callable[[], None] = lambda: None,
+    finished: int = 0,
+    weights: Tensor | None = None,
+    last: int | None = None,
 ) -> Iterator[Step]:
     """Run phase 2, updating `model` in place; yields after each step.
 
@@ -49,11 +53,17 @@ def private_phase(
         private: rows seen only through `mechanism`.
         start: the weights the model came with `[P]`, for the rule behind `learning_rate=None`.
         anchor: the phase-1 weights `[P]`.
+        charge: called in each step before private rows are touched; what it raises ends the run with nothing drawn.
+        finished: steps taken before, after which the weights were `weights` `[P]`. The model must still have those
+            that phase 2 began with, on which the step sizes rest.
+        last: the number of the last step; None: `config.steps`.
     """
     schedule = make_schedule(model, public, start, config, mechanism.noise_multiplier)
+    if weights is not None:
+        model.set_weights(weights)
     weight = config.public_weight
     denominator = config.expected_batch_size + weight * len(public.y)
-    for number in range(1, config.steps + 1):
+    for number in range(finished + 1, (config.steps if last is None else last) + 1):
         public_sum, norm_sq, loss = model.grad_sum(public)  # norm_sq [layers, N]
         norm_sq = public_norms(norm_sq, config)
         basis = None
@@ -62,6 +72,7 @@ def private_phase(
             basis = subspace_basis(grads, rank=config.subspace_rank, energy=config.subspace_energy)
             norm_sq = project(grads, basis).double().square().sum(1)[None].float()
         thresholds = schedule.thresholds(norm_sq, config)
+        charge()
         released = mechanism.release(model, mechanism.sample(private, config.sample_rate), thresholds, basis)
 
         tau = float(thresholds.double().square().sum().sqrt())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,11 +13,13 @@ from torch import Tensor, nn
 from adamix.config import Config
 from adamix.errors import InputError
 from adamix.geometry import Whiten
+from adamix.ledger import Ledger
 from adamix.mechanism import Mechanism
-from adamix.models import error_rate, trainable
-from adamix.privacy import calibrate, spent_by_step, warn_if_weak
+from adamix.models import Trainable, error_rate, trainable
+from adamix.privacy import warn_if_weak
 from adamix.private_phase import Step, private_phase
 from adamix.public_phase import fit_public
+from adamix.recorder import Recorder, fixed_parts, recording
 from adamix.rows import Rows, check_classes_present, check_disjoint, check_rows, check_same_shape
 from adamix_kernels import Noise
 
@@ -30,6 +33,8 @@ class Result:
 
     `model` maps features as given to `fit` to logits, geometry included; `public_state` are its weights after phase 1.
     Errors are percent of the test rows, None without them. `epsilons[t]` is the budget spent after step t + 1.
+    With a ledger `epsilon` counts every step charged to the run, also those that an interruption lost, and
+    `ledger_epsilon` is that of all runs in the ledger, at its delta.
     """
 
     model: nn.Module
@@ -42,6 +47,7 @@ class Result:
     steps: list[Step]
     epsilons: list[float]
     config: Config
+    ledger_epsilon: float | None = None
 
 
 class AdaMix:
@@ -84,6 +90,10 @@ class AdaMix:
         private: RowsLike,
         test: RowsLike | None = None,
         on_step: Callable[[Step], None] | None = None,
+        ledger: Ledger | str | Path | None = None,
+        checkpoint: str | Path | None = None,
+        checkpoint_every: int = 1,
+        resume: bool = False,
     ) -> Result:
         """Run both phases.
 
@@ -92,10 +102,18 @@ class AdaMix:
             private: rows protected by (epsilon, delta); none of them may be among the public or the test ones.
             test: rows to report errors on; used for nothing else, and not protected.
             on_step: called after each private step with what may be published about it.
+            ledger: of the private rows, open or as a path: each step is charged in it before its batch and noise are
+                drawn, and a run that the budget does not allow is refused. None: you keep count of the runs.
+            checkpoint: folder to go on from after an interruption; needs a ledger.
+            checkpoint_every: steps between two checkpoints; so many at most are lost, and charged again.
+            resume: go on after the last checkpoint, with fresh noise. The settings, the model and the rows must be the
+                same, but `steps` may be fewer. The interrupted steps have to fit the budget a second time.
 
         Raises:
             InputError: rows of wrong shape or type, NaN or Inf, labels outside the public classes, a class without
-                public rows, private rows among the others; a model that `Trainable` refuses. Nothing is trained then.
+                public rows, private rows among the others; a model that `Trainable` refuses; a ledger or checkpoint
+                that is missing, damaged, in use or used up. Nothing is trained then. Later: one that cannot be
+                written; nothing that was charged is lost.
         """
         config = self.config
         # Token numbers stay whole for a model that asks for them; feature vectors are float32.
@@ -112,36 +130,62 @@ class AdaMix:
         check_disjoint(public.x, private.x)
         if test is not None:
             check_disjoint(private.x, test.x, ("private", "test"))
-        noise = Noise(config.noise_seed, config.noise_mode)
-        noise_multiplier = calibrate(
-            config.epsilon, delta=config.delta, steps=config.steps, sample_rate=config.sample_rate
-        )
         warn_if_weak(config)
 
         geometry = Whiten(public.x, public.y) if config.geometry == "whiten" else None
         head = _zero_head(public.x, classes) if self.model is None else self.model
-        model = nn.Sequential(geometry, head) if geometry is not None else head
-        inside_public, inside_private = _within(geometry, public), _within(geometry, private)
-
         view = trainable(head)
-        view.check(inside_public, classes)
-        start = view.weights()
-        fit_public(view, inside_public, l2=config.public_l2, steps=config.public_steps)
-        anchor = view.weights()
+        fixed = fixed_parts(view, public, classes)
+        with recording(config, ledger, checkpoint, every=checkpoint_every, resume=resume, fixed=fixed) as recorder:
+            view.check(_within(geometry, public), classes)
+            return self._train(recorder, view, geometry, Rows(*public), Rows(*private), test, on_step)
+
+    def _train(
+        self,
+        recorder: Recorder,
+        view: Trainable,
+        geometry: nn.Module | None,
+        public: Rows,
+        private: Rows,
+        test: Rows | None,
+        on_step: Callable[[Step], None] | None,
+    ) -> Result:
+        config, saved = recorder.config, recorder.saved
+        model = view.module if geometry is None else nn.Sequential(geometry, view.module)
+        inside_public, inside_private = _within(geometry, public), _within(geometry, private)
+        if saved is None:
+            start = view.weights()
+            fit_public(view, inside_public, l2=config.public_l2, steps=config.public_steps)
+            anchor = view.weights()
+        else:
+            start, anchor = (tensor.to(public.x.device) for tensor in (saved.start, saved.anchor))
+            view.set_weights(anchor)
         public_state = tensors_of(model)
         public_error = None if test is None else error_rate(model, test)
 
         if not config.warm_start:
             view.set_weights(start)
-        mechanism = Mechanism(noise_multiplier, noise)
-        steps: list[Step] = []
-        for step in private_phase(view, inside_public, inside_private, config, mechanism, start=start, anchor=anchor):
-            steps.append(step)
+        recorder.begin(view, anchor=anchor, start=start)
+        # Made after a checkpoint was read, of a fresh key: a resumed run shares no noise with the one before.
+        mechanism = Mechanism(recorder.noise_multiplier, Noise(config.noise_seed, config.noise_mode))
+        for step in private_phase(
+            view,
+            inside_public,
+            inside_private,
+            config,
+            mechanism,
+            start=start,
+            anchor=anchor,
+            charge=recorder.charge,
+            finished=len(recorder.steps),
+            weights=None if saved is None else saved.weights.to(public.x.device),
+            last=recorder.last,
+        ):
+            recorder.finish_step(step, view)
             if on_step is not None:
                 on_step(step)
-        epsilons = spent_by_step(
-            noise_multiplier, delta=config.delta, steps=config.steps, sample_rate=config.sample_rate
-        )
+        recorder.end()
+        epsilons = recorder.epsilons()
         return Result(
             model=model,
             public_state=public_state,
@@ -149,10 +193,11 @@ class AdaMix:
             public_error=public_error,
             epsilon=epsilons[-1],
             delta=config.delta,
-            noise_multiplier=noise_multiplier,
-            steps=steps,
+            noise_multiplier=recorder.noise_multiplier,
+            steps=recorder.steps,
             epsilons=epsilons,
             config=config,
+            ledger_epsilon=recorder.ledger_epsilon(),
         )
 
     def _classes(self, public: Rows) -> int:
