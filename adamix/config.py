@@ -43,7 +43,8 @@ class Config:
         warm_start: start phase 2 from the phase-1 weights; False: from the weights the model came with.
         public_l2: L2 of phase 1 towards the weights the model came with.
         public_steps: at most so many L-BFGS iterations in phase 1.
-        noise_mode: "fast" (Philox) or "secure" (ChaCha20), see `adamix_kernels.Noise`.
+        noise_mode: "fast" (Philox, sums in floating point) or "secure" (ChaCha20, sums and noise on an integer grid,
+            see `adamix_kernels.ops.grid`). Only "secure" is hardened against floating-point attacks.
         noise_seed: None keys the noise from the operating system. A number makes the run reproducible and voids the
             guarantee towards whoever knows it: for benchmarks.
 

@@ -26,6 +26,14 @@ class Rows(NamedTuple):
     y: Tensor
 
 
+class UserRows(NamedTuple):
+    """Labelled rows of users, whose privacy is that of all their rows together: users int64 [N], any numbers."""
+
+    x: Tensor
+    y: Tensor
+    users: Tensor
+
+
 @dataclass(frozen=True)
 class Split:
     """The four sets of a run: disjoint for a benchmark; for user data no private row is public or a test row."""
@@ -80,6 +88,22 @@ def check_rows(
             "renumber them or remove these rows"
         )
     return Rows(x, y)
+
+
+def check_private_rows(rows: Any, num_classes: int, *, keep_integers: bool = False) -> Rows | UserRows:
+    """`check_rows` of private rows, a pair (x, y), or a triple (x, y, users) for privacy by user.
+
+    users: integers, [N]; rows with the same number are one user's, who is protected as a whole.
+    """
+    if not isinstance(rows, (tuple, list)) or len(rows) != 3:
+        return check_rows("private", rows, num_classes, allow_empty=True, keep_integers=keep_integers)
+    x, y = check_rows("private", rows[:2], num_classes, allow_empty=True, keep_integers=keep_integers)
+    users = _to_tensor("private: users", rows[2], torch.int64)
+    if users.shape != y.shape:
+        raise InputError(
+            f"private: users has shape {list(users.shape)} but y has {list(y.shape)}; pass one user number per row"
+        )
+    return UserRows(x, y, users.to(y.device))
 
 
 def check_classes_present(y_public: Tensor, num_classes: int, class_names: Sequence[str] | None = None) -> None:
@@ -176,7 +200,8 @@ _TORCH_INTEGERS = frozenset(
 
 def _check_kind(name: str, given: str, integer: bool, floating: bool, wanted: torch.dtype) -> None:
     if not integer and wanted == torch.int64:
-        raise InputError(f"{name} has dtype {given}; pass integer class numbers (for example y.astype('int64'))")
+        what = "user" if name.endswith("users") else "class"
+        raise InputError(f"{name} has dtype {given}; pass integer {what} numbers (for example y.astype('int64'))")
     if not (integer or floating):
         raise InputError(f"{name} has dtype {given}; pass floats or integers")
 

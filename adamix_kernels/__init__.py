@@ -3,6 +3,7 @@
 from adamix_kernels import cuda as _cuda  # noqa: F401  attaches the CUDA kernels, loads nothing yet
 from adamix_kernels import native as _native  # noqa: F401  attaches the compiled kernels, loads nothing yet
 from adamix_kernels import native_factored as _native_factored  # noqa: F401  likewise
+from adamix_kernels import native_grid as _native_grid  # noqa: F401  likewise
 from adamix_kernels import native_layers as _native_layers  # noqa: F401  likewise
 from adamix_kernels import triton as _triton  # noqa: F401  likewise
 from adamix_kernels.nn import (
@@ -18,6 +19,7 @@ from adamix_kernels.ops.conv import ConvSum, conv_clip_sum, conv_norm_sq
 from adamix_kernels.ops.conv_clip import ConvClippedSum, conv_norm_clip_sum
 from adamix_kernels.ops.conv_grad import ConvGrad, conv_grad_sample
 from adamix_kernels.ops.embedding import embedding_clip_sum, embedding_norm_sq
+from adamix_kernels.ops.grid import grid_clip_sum, grid_for, grid_release
 from adamix_kernels.ops.head import HeadSum, softmax_head_clip_sum_noise
 from adamix_kernels.ops.head_variants import MixedHeadSum, softmax_head_coordinates, softmax_head_mixed_sum
 from adamix_kernels.ops.linear import LinearSum, linear_clip_sum, linear_norm_sq
@@ -55,6 +57,9 @@ __all__ = [
     "embedding_clip_sum",
     "embedding_norm_sq",
     "grad_norm_sq",
+    "grid_clip_sum",
+    "grid_for",
+    "grid_release",
     "lift",
     "linear_clip_sum",
     "linear_norm_sq",

@@ -12,10 +12,12 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from adamix_kernels.nn.errors import PrivacyError
 from adamix_kernels.nn.parameter import PrivateParameter
+from adamix_kernels.ops.noise import Noise
 
 STRATEGIES = ("auto", "book_keeping", "two_pass", "per_layer", "materialize")
 CLIPPINGS = ("flat", "automatic")
 REDUCTIONS = ("mean", "sum")
+UNITS = ("sample", "user")
 
 
 def check_settings(
@@ -42,6 +44,20 @@ def check_settings(
             raise TypeError(f"{name}: is {type(number).__name__}; pass a number")
         if not (math.isfinite(number) and (number > 0 or number == least)):
             raise ValueError(f"{name}: is {number}; pass a finite number above 0{', or 0' * (least is not None)}")
+
+
+def check_unit(unit: str, strategy: str, noise: Noise | None) -> None:
+    """What needs the gradients of all samples does not go with a strategy that never has them."""
+    if unit not in UNITS:
+        raise ValueError(f"unit: is {unit!r}; pass one of {', '.join(map(repr, UNITS))}")
+    if noise is not None and not isinstance(noise, Noise):
+        raise TypeError(f"noise: is {type(noise).__name__}; pass adamix_kernels.Noise(), or None")
+    secure = noise is not None and noise.mode == "secure"
+    if strategy == "two_pass" and (secure or unit == "user"):
+        raise ValueError(
+            f"strategy: is 'two_pass' with {'secure noise' if secure else repr(unit) + ' as unit'}, which need the "
+            "gradients of all samples at once; pass 'auto'"
+        )
 
 
 def check_labels(kwargs: Mapping[str, Any]) -> None:

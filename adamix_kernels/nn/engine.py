@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NoReturn
 
 import torch
@@ -21,6 +21,7 @@ from adamix_kernels.nn.checks import (
     check_modules,
     check_parameters,
     check_settings,
+    check_unit,
     mixing,
 )
 from adamix_kernels.nn.clipping import Limit, Threshold, checked, factors, larger
@@ -31,6 +32,8 @@ from adamix_kernels.nn.parameter import PrivateParameter, storage
 from adamix_kernels.nn.passes import Passes
 from adamix_kernels.nn.probe import tell_apart
 from adamix_kernels.nn.rules import Rules
+from adamix_kernels.nn.secure import GridSums
+from adamix_kernels.nn.users import Users
 from adamix_kernels.nn.validate import validate
 from adamix_kernels.ops._numerics import sum_dtype
 from adamix_kernels.ops.noise import Noise, add_gaussian_noise_
@@ -61,10 +64,18 @@ class DPEngine:
         joint_forwards: whether one backward pass may go through several forward passes of the model, whose rows b then
             are one sample, such as both sides of a pair. Without it that is an error.
         measure_signal: whether `metrics()` is to tell the signal to noise, which reads the sums once more in each step.
-        noise: its source; None takes a key of the operating system.
+        noise: its source; None takes a key of the operating system. With `Noise(mode="secure")` sums and noise are on
+            an integer grid (`adamix_kernels.ops.grid`): a sample's contribution is at most C exactly, and no low bit of
+            a release tells of the data. Then the gradients of all samples are made, whatever the strategy, which
+            "two_pass" cannot; and max_grad_norm may change only between steps. Otherwise thresholds hold up to
+            rounding, and releases are not hardened against attacks on floating point.
+        unit: whose data is protected, "sample" or "user". With "user" each backward pass runs within `dp.users(ids)`,
+            the gradients of a user's rows are added before they are clipped, all of a user's rows are in one backward
+            pass of a step, and expected_batch_size counts users. Gradients of all samples are made here too.
 
-    The privacy of a step is that of one Gaussian mechanism with `noise_multiplier`, for adding or removing one sample.
-    Between two steps each sample may take part in one backward pass. Micro-batches simply call backward() more often.
+    The privacy of a step is that of one Gaussian mechanism with `noise_multiplier`, for adding or removing one sample,
+    or one user. Between two steps each may take part in one backward pass. Micro-batches simply call backward() more
+    often.
     What cannot be seen from here is the caller's: the loss of a sample must not depend on other samples (no contrastive
     terms, mixing or normalising across the batch), nor the way through the model on their values.
 
@@ -90,8 +101,10 @@ class DPEngine:
         joint_forwards: bool = False,
         measure_signal: bool = False,
         noise: Noise | None = None,
+        unit: str = "sample",
     ) -> None:
         check_settings(strategy, clipping, loss_reduction, noise_multiplier, expected_batch_size, loss_scale)
+        check_unit(unit, strategy, noise)
         check_free(model)
         self._mixing = mixing(model)
         check_modules(self._mixing)
@@ -102,6 +115,8 @@ class DPEngine:
         self.clipping, self.loss_reduction, self.loss_scale = clipping, loss_reduction, float(loss_scale)
         self.joint_forwards, self.measure_signal = joint_forwards, measure_signal
         self.noise = Noise() if noise is None else noise
+        self._grid = GridSums(self) if self.noise.mode == "secure" else None
+        self._users = Users() if unit == "user" else None
         self.steps = 0
         self.layers = {name: name.rpartition(".")[0] for name, _ in model.named_parameters()}
         self._sum_dtype = sum_dtype(*model.parameters())
@@ -198,6 +213,18 @@ class DPEngine:
         finally:
             self._public -= 1
 
+    def users(self, ids: Any) -> AbstractContextManager[None]:
+        """Backward passes inside are of rows whose users are `ids`: integers `[B]`, equal for rows of one user.
+
+        Raises:
+            PrivacyError: the engine's unit is not "user"; or, in backward(), the ids are not as many as the rows, or
+                one was in another backward pass since the last step.
+            TypeError, ValueError: the ids are no integers `[B]`.
+        """
+        if self._users is None:
+            raise PrivacyError("users(): the engine protects samples; pass unit='user' to the DPEngine")
+        return self._users.of(ids)
+
     @contextmanager
     def _pulling(self) -> Iterator[None]:
         self._pulls += 1
@@ -283,20 +310,25 @@ class DPEngine:
 
     def _add(self, parameter: PrivateParameter, total: Tensor) -> None:
         """Add a clipped sum to what the step releases, once this backward pass has ended well."""
-        _accumulate(self._staged, parameter._dp_name, total.to(sum_dtype(total)))
+        _accumulate(self._staged, parameter._dp_name, total if self._grid else total.to(sum_dtype(total)))
 
     def _begin_pass(self) -> None:
         self._staged.clear()
         if not self._sums:
             self._divisor = self.expected_batch_size
         self._threshold = self._threshold_now()
+        if self._grid is not None:
+            self._grid.begin_pass(self._threshold)
 
     def _end_pass(self, norm_sq: Tensor) -> None:
+        true_norm_sq = norm_sq / self._scale(max(len(norm_sq), 1)) ** 2
+        if self._users is not None:
+            true_norm_sq = self._users.end_pass(true_norm_sq)
         for name, total in self._staged.items():
             _accumulate(self._sums, name, total)
         self._staged.clear()
         self._limits.append(self._threshold.whole)
-        self._norm_sq.append(norm_sq / self._scale(max(len(norm_sq), 1)) ** 2)
+        self._norm_sq.append(true_norm_sq)
 
     # --- the step ------------------------------------------------------------------------------------------------
 
@@ -311,18 +343,11 @@ class DPEngine:
         if torch._C._current_graph_task_id() != -1:
             raise PrivacyError("optimizer.step() within backward(): the sums are not complete; call it afterwards")
         limits = self._limits or [self._threshold_now().whole]
-        limit = functools.reduce(larger, limits)
         with torch._C.DisableTorchFunctionSubclass():
             trained = [(name, p) for name, p in self._owned if p.requires_grad]
             check_grads(trained, self._known_grads)
-            sums = [self._sums[name] if name in self._sums else _zeros(p) for name, p in trained]
-            if self._sums and self._divisor != self.expected_batch_size:
-                torch._foreach_mul_(sums, self._divisor / self.expected_batch_size)
-            std = limit * self.noise_multiplier / self.expected_batch_size
-            self._metrics = Metrics.of(self._norm_sq, limits, sums, std, self.measure_signal)
-            if self.noise_multiplier and sums:
-                add_gaussian_noise_(sums, std, self.noise)
-            for (_, p), total in zip(trained, sums, strict=True):
+            sums = [self._sums[name] if name in self._sums else self._zeros(p) for name, p in trained]
+            for (_, p), total in zip(trained, self._noisy(sums, limits), strict=True):
                 grad = total.to(p.dtype)
                 p.grad = grad if p.grad is None else p.grad.add_(grad)
         self._known_grads = {name for name, _ in trained}
@@ -332,6 +357,27 @@ class DPEngine:
         self.steps += 1
         for _, p in self._owned:
             p.__class__ = nn.Parameter  # type: ignore[assignment]  # an optimizer is fast on these
+
+    def _noisy(self, sums: list[Tensor], limits: Sequence[Limit]) -> list[Tensor]:
+        """What a step releases of its clipped sums: with noise, over the expected batch size."""
+        if (self.noise.mode == "secure") != (self._grid is not None):
+            raise PrivacyError("noise: was replaced by one of another mode; make a new DPEngine with it")
+        limit = functools.reduce(larger, limits)
+        std = limit * self.noise_multiplier / self.expected_batch_size
+        if self._grid is not None:
+            shown = self._grid.floats(sums) if self.measure_signal else sums
+            self._metrics = Metrics.of(self._norm_sq, limits, shown, std, self.measure_signal)
+            return self._grid.release(sums, float(limit)) if sums else []
+        if self._sums and self._divisor != self.expected_batch_size:
+            torch._foreach_mul_(sums, self._divisor / self.expected_batch_size)
+        self._metrics = Metrics.of(self._norm_sq, limits, sums, std, self.measure_signal)
+        if self.noise_multiplier and sums:
+            add_gaussian_noise_(sums, std, self.noise)
+        return sums
+
+    def _zeros(self, parameter: Tensor) -> Tensor:
+        dtype = torch.int64 if self._grid else sum_dtype(parameter)
+        return torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
 
     def _after_step(self, *args: Any) -> None:
         for _, p in self._owned:
@@ -360,6 +406,9 @@ class DPEngine:
         self._sums.clear()
         self._staged.clear()
         self._limits, self._norm_sq = [], []
+        for of_step in (self._grid, self._users):
+            if of_step is not None:
+                of_step.forget()
         self._passes.forget()
 
     # --- what it knows -------------------------------------------------------------------------------------------
@@ -403,10 +452,6 @@ def _leaves(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
     if not kwargs and all(isinstance(x, Tensor) for x in args):
         return list(args)
     return [x for x in tree_leaves((args, dict(kwargs))) if isinstance(x, Tensor)]
-
-
-def _zeros(parameter: Tensor) -> Tensor:
-    return torch.zeros(parameter.shape, dtype=sum_dtype(parameter), device=parameter.device)
 
 
 def _accumulate(sums: dict[str, Tensor], name: str, total: Tensor) -> None:

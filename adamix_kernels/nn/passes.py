@@ -195,7 +195,12 @@ class Passes:
 
     def _clip(self, parts: list[Record], layer: str | None) -> Tensor:
         """Sum gradients, clipped as one by the threshold of a layer or the whole; their squared norms `[B]`."""
-        engine, joined = self._engine, self._take_last(parts)
+        engine = self._engine
+        if engine._users is not None:
+            parts = engine._users.summed(parts)
+        if engine._grid is not None:
+            return engine._grid.clip(parts, layer)
+        joined = self._take_last(parts)
         norm_sq = [factors.norm_sq() for _, factors in parts]
         if joined is None:
             total = _total(norm_sq)

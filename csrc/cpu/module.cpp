@@ -9,6 +9,7 @@
 
 #include "bind.h"
 #include "clip.h"
+#include "grid.h"
 #include "isa.h"
 #include "noise.h"
 #include "norm.h"
@@ -103,6 +104,31 @@ PYBIND11_MODULE(_cpu, m) {
           adamix::add_gaussian_noise(reinterpret_cast<void*>(data), dtype, n, {key, draw, std}, offset, threads);
       },
       py::arg("parts"), py::arg("std"), py::arg("key"), py::arg("draw"), py::arg("threads"));
+  m.def(
+      "grid_clip_sum",
+      // For each part its rows' address, columns and type, and the address of the sum.
+      [](const std::vector<std::tuple<uintptr_t, int64_t, DType, uintptr_t>>& parts, const std::vector<double>& factors,
+         int64_t largest, uint64_t most, int threads) {
+        std::vector<adamix::GridPart> described;
+        for (const auto& [data, cols, dtype, out] : parts)
+          described.push_back({{reinterpret_cast<const void*>(data), cols, dtype}, reinterpret_cast<int64_t*>(out)});
+        py::gil_scoped_release release;
+        adamix::grid_clip_sum(described, factors, largest, most, threads);
+      },
+      py::arg("parts"), py::arg("factors"), py::arg("largest"), py::arg("most"), py::arg("threads"));
+  m.def(
+      "grid_release",
+      // For each part the address of its sums, elements, offset in the draw, and the address of the result.
+      [](const std::vector<std::tuple<uintptr_t, int64_t, uint64_t, uintptr_t>>& parts,
+         const std::vector<uint32_t>& key, uint64_t draw, double std, float grid, int threads) {
+        const adamix::Noise noise{key, draw, std};
+        if (std != 0) noise.check();
+        py::gil_scoped_release release;
+        for (const auto& [sums, n, offset, out] : parts)
+          adamix::grid_release(reinterpret_cast<const int64_t*>(sums), n, std != 0 ? &noise : nullptr, offset, grid,
+                               reinterpret_cast<float*>(out), threads);
+      },
+      py::arg("parts"), py::arg("key"), py::arg("draw"), py::arg("std"), py::arg("grid"), py::arg("threads"));
   adamix::bind_factored(m);
   bind_layers(m);
 }

@@ -1,0 +1,76 @@
+"""Clipped sums of a step on an integer grid, for noise of mode "secure"; see `adamix_kernels.ops.grid` for why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from adamix_kernels.nn.clipping import Threshold
+from adamix_kernels.nn.errors import PrivacyError
+from adamix_kernels.nn.factors import Factors
+from adamix_kernels.nn.parameter import PrivateParameter
+from adamix_kernels.ops._numerics import round_down
+from adamix_kernels.ops.grid import MOST_ROWS, grid_clip_sum, grid_for, grid_release
+from adamix_kernels.ops.norm import grad_norm_sq
+
+if TYPE_CHECKING:
+    from adamix_kernels.nn.engine import DPEngine
+
+
+class GridSums:
+    """The grid of a step: one for all parameters, by the threshold of the whole gradient. Sums are int64."""
+
+    def __init__(self, engine: DPEngine) -> None:
+        self._engine = engine
+        self.forget()
+
+    def forget(self) -> None:
+        self._limits: list[float] = []  # of the step that has begun
+        self._grid = 0.0
+        self._rows = 0
+
+    def begin_pass(self, threshold: Threshold) -> None:
+        """The threshold must be the same in all backward passes of a step, as their sums are of one grid."""
+        limits = [float(threshold.whole), *(float(threshold.layer(name)) for name in sorted(threshold.layers))]
+        if not self._engine._sums:  # the first, or the first that was not broken off
+            self._limits, self._grid, self._rows = limits, self._grid_for(limits[0]), 0
+        elif limits != self._limits:
+            raise PrivacyError(
+                "max_grad_norm: was changed between the backward passes of one step, whose integer sums are of one "
+                "grid in secure mode; change it after the step, or pass Noise(mode='fast')"
+            )
+
+    def _grid_for(self, limit: float) -> float:
+        return grid_for(limit, limit * self._engine.noise_multiplier)
+
+    def clip(self, parts: Sequence[tuple[tuple[PrivateParameter, ...], Factors]], layer: str | None) -> Tensor:
+        """Add gradients, clipped as one by the threshold of a layer or the whole; their squared norms `[B]`."""
+        engine = self._engine
+        grads = [grad for _, factors in parts for grad in factors.grad_sample()]
+        norm_sq = grad_norm_sq(grads)
+        self._rows += len(norm_sq)
+        if self._rows > MOST_ROWS:
+            raise PrivacyError(f"backward(): {self._rows} samples since the last step; 2^36 are the most that fit")
+        coef = engine._coef(norm_sq, layer).double() / engine._scale(max(len(norm_sq), 1))
+        threshold = engine._threshold
+        limit = float(threshold.whole if layer is None else threshold.layer(layer))
+        if len(threshold.layers) > 1 and layer is not None:
+            limit *= 1 - 2.0**-50  # so that all layers together are not above the whole by a rounding
+        sums = grid_clip_sum(grads, round_down(coef), limit, self._grid)
+        for parameter, total in zip((p for ps, _ in parts for p in ps), sums, strict=True):
+            engine._add(parameter, total)
+        return norm_sq.double()
+
+    def floats(self, sums: Sequence[Tensor]) -> list[Tensor]:
+        """Sums without noise, over the expected batch size."""
+        return [total * (self._grid / self._engine.expected_batch_size) for total in sums]
+
+    def release(self, sums: Sequence[Tensor], limit: float) -> list[Tensor]:
+        """Noisy sums over the expected batch size: float32, before that division multiples of the grid."""
+        engine = self._engine
+        grid = self._grid if engine._sums else self._grid_for(limit)  # without a backward pass it is noise alone
+        released = grid_release(sums, limit * engine.noise_multiplier, grid, engine.noise)
+        return list(torch._foreach_div(released, engine.expected_batch_size))
