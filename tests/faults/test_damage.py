@@ -104,7 +104,7 @@ def test_a_line_sealed_anew_does_not_fit_the_chain(files: list[tuple[Path, Calla
     record, _ = durable.unseal(lines[1])
     lines[1] = durable.seal({**record, "noise_multiplier": 100.0})
     path.write_bytes(b"".join(lines))
-    with pytest.raises(InputError, match="was altered in line 3 .it does not follow the line before"):
+    with pytest.raises(InputError, match=r"was altered in line 3 .it does not follow the line before"):
         read()
 
 
