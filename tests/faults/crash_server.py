@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from adamix_kernels import Noise
 
 SETTINGS: dict[str, Any] = {"epsilon": 2.0, "expected_batch_size": 30, "steps": 3, "public_steps": 2, "geometry": None}
 BUDGET = 50.0
+#: How tests ask for a job.
+Run = Callable[..., dict[str, Any]]
 
 
 def rows(count: int, seed: int) -> Rows:

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Run
-from crash_server import train
+from crash_server import Run, train
 from test_crashes import check_counts, finish
 
 from adamix import durable

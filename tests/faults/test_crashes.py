@@ -7,8 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import Run
-from crash_server import BUDGET, SETTINGS
+from crash_server import BUDGET, SETTINGS, Run
 from faulty_system import DEATHS
 
 from adamix.ledger_records import head_path, read_ledger

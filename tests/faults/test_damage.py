@@ -97,6 +97,17 @@ def test_lines_cannot_be_lost_repeated_or_moved(files: list[tuple[Path, Callable
             read()
 
 
+def test_a_line_sealed_anew_does_not_fit_the_chain(files: list[tuple[Path, Callable[[], Any]]]) -> None:
+    """As if the run had had more noise: valid by itself, and of the right number."""
+    path, read = files[0]
+    lines = path.read_bytes().splitlines(keepends=True)
+    record, _ = durable.unseal(lines[1])
+    lines[1] = durable.seal({**record, "noise_multiplier": 100.0})
+    path.write_bytes(b"".join(lines))
+    with pytest.raises(InputError, match=r"was altered in line 3 .it does not follow the line before"):
+        read()
+
+
 def test_a_line_after_the_last_counted_one_counts_and_a_torn_one_does_not(tmp_path: Path) -> None:
     """The two states a crash leaves: damage there can only take away what was never drawn."""
     path = tmp_path / "rows.ledger"
@@ -108,7 +119,7 @@ def test_a_line_after_the_last_counted_one_counts_and_a_torn_one_does_not(tmp_pa
         ledger.charge(run)
     whole = path.read_bytes()
     head_path(path).write_bytes(before)
-    for cut in range(size, len(whole) + 1):
+    for cut in [*range(size, len(whole), 9), len(whole) - 1, len(whole)]:
         path.write_bytes(whole[:cut])
         head_path(path).write_bytes(before)
         assert read_ledger(path).runs[run].charged == (2 if cut == len(whole) else 1)
