@@ -37,6 +37,8 @@ class Trainable:
         InputError: it is no module, nothing is trainable, or a module mixes samples.
     """
 
+    most_elements = _CHUNK_ELEMENTS
+
     def __init__(self, module: nn.Module) -> None:
         if not isinstance(module, nn.Module):
             raise InputError(f"model: is {type(module).__name__}; pass an nn.Module, or None for a softmax head")
@@ -157,7 +159,7 @@ class Trainable:
         return copy.deepcopy(self.module, shared).eval()
 
     def _chunks(self, rows: Rows) -> Iterator[Rows]:
-        size = max(1, _CHUNK_ELEMENTS // self.size)
+        size = max(1, min(_CHUNK_ELEMENTS, self.most_elements) // self.size)
         for x, y in zip(rows.x.split(size), rows.y.split(size), strict=True):
             if len(x):
                 yield Rows(x, y)
@@ -186,6 +188,8 @@ class Trainable:
 
 class SoftmaxHead(Trainable):
     """An `nn.Linear` on fixed features, the paper's case: weight first, then bias, through the fused op."""
+
+    most_elements = 1 << 20  # so that gradients are clipped while they are in cache: three times as fast in secure mode
 
     def __init__(self, module: nn.Linear) -> None:
         super().__init__(module)

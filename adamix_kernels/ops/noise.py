@@ -30,8 +30,10 @@ class Noise:
     Args:
         seed: None takes the key from the operating system. A number makes the noise reproducible, and so known to
             whoever knows the number: for tests and benchmarks, not for a release.
-        mode: "fast" is Philox4x32-10 (Salmon et al. 2011), statistically sound but not cryptographic; "secure" is
-            ChaCha20 (RFC 8439) and takes no seed.
+        mode: "fast" is Philox4x32-10 (Salmon et al. 2011), statistically sound but not cryptographic, nor hardened
+            against attacks on floating point; "secure" is ChaCha20 (RFC 8439) and takes no seed. Of the ops only
+            `grid_clip_sum` with `grid_release` are hardened against these, and what uses them when it is given secure
+            noise: `DPEngine` and AdaMix. The others add either noise in floating point.
 
     A `Noise` cannot be copied, pickled or used after `fork`: each would draw the same noise twice.
     """
