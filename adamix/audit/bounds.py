@@ -16,7 +16,7 @@ import dp_accounting
 import numpy as np
 from dp_accounting.pld import PLDAccountant
 from numpy.typing import NDArray
-from scipy import optimize, stats
+from scipy import optimize, special, stats
 
 from adamix.errors import InputError
 
@@ -116,13 +116,13 @@ def model_free_epsilon(scores: Array, present: NDArray[np.bool_], delta: float, 
     on the others; Clopper-Pearson bounds of both rates, which fail with probability at most `error`."""
 
     def value(threshold: float, sign: int, half: slice) -> float:
-        guess, truth = sign * scores[half] > sign * threshold, present[half] == (sign > 0)
+        guess, truth = sign * scores[half] >= sign * threshold, present[half] == (sign > 0)
         positives, negatives = int(truth.sum()), int((~truth).sum())
         hit = rate_above(int((guess & truth).sum()), positives, error / 2) - delta
         miss = rate_below(int((guess & ~truth).sum()), negatives, error / 2)
         return math.log(hit / miss) if hit > miss else 0.0
 
-    grid = np.quantile(scores[::2], np.linspace(0.001, 0.999, 60))
+    grid = np.quantile(scores[::2], special.expit(np.linspace(-8, 8, 61)))  # dense in the tails
     choices = [(float(t), sign) for t in grid for sign in (1, -1)]
     threshold, sign = max(choices, key=lambda choice: value(choice[0], choice[1], slice(0, None, 2)))
     return value(threshold, sign, slice(1, None, 2))
