@@ -166,19 +166,19 @@ def all_checks(count: int = _NOISE_COUNT, sampler_steps: int = _SAMPLER_STEPS) -
     yield from noise_checks("DPEngine", steps, resumed)
     settings: dict[str, float | int] = {"epsilon": 4.0, "steps": _NOISE_STEPS}
     first, second = (subjects.trainer_noise(count, settings) for _ in range(2))
-    yield from noise_checks("AdaMix", first, second[0])
+    yield from noise_checks("AdaMix", first, [second[0][0]])
     for name, table in (("PoissonSampler", subjects.taken_by_sampler), ("AdaMix", subjects.taken_by_mechanism)):
         taken = table(_SAMPLER_ROWS, sampler_steps, _SAMPLER_RATE)
         yield from checks.sampling(f"sampling of {name}", taken, _SAMPLER_RATE)
 
 
-def noise_checks(name: str, steps: list[list[checks.Array]], other_run: list[checks.Array]) -> list[Check]:
-    """Of releases on empty batches, by step and shard, and the first of a run that came later."""
+def noise_checks(name: str, steps: list[list[checks.Array]], others: list[checks.Array]) -> list[Check]:
+    """Of releases on empty batches, by step and shard, and the first shards of runs that came later."""
     return [
         checks.standard_deviation(f"noise of {name}: standard deviation", [part for step in steps for part in step]),
         checks.reuse(f"noise of {name}: difference of steps", [step[0] for step in steps]),
         checks.reuse(f"noise of {name}: difference of shards", steps[0]),
-        checks.reuse(f"noise of {name}: difference of runs", [steps[0][0], other_run[0]]),
+        checks.reuse(f"noise of {name}: difference of runs", [*(step[0] for step in steps), *others]),
     ]
 
 

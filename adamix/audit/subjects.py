@@ -92,13 +92,17 @@ def engine_releases(
 
 
 def engine_noise(count: int, steps: int) -> tuple[list[list[Array]], list[Array]]:
-    """The releases of `steps` empty batches by shard, in units of the stated noise, and the first of a resumed run."""
+    """The releases of `steps` empty batches by shard `[steps][shards]`, in units of the stated noise, and of the first
+    shard in the steps of two runs that are resumed there."""
     noise_multiplier, nobody = 1.3, torch.zeros(0, dtype=torch.int64)
     first = EngineRun(count, noise_multiplier, 50.0)
     released = [[part / noise_multiplier for part in first.step(nobody)] for _ in range(steps)]
-    resumed = EngineRun(count, noise_multiplier, 50.0)
-    resumed.dp.load_state_dict(first.dp.state_dict())
-    return released, [part / noise_multiplier for part in resumed.step(nobody)]
+    others = []
+    for _ in range(2):
+        resumed = EngineRun(count, noise_multiplier, 50.0)
+        resumed.dp.load_state_dict(first.dp.state_dict())
+        others.append(resumed.step(nobody)[0] / noise_multiplier)
+    return released, others
 
 
 def trainer_releases(present: Present, settings: dict[str, float | int]) -> tuple[Array, float]:
