@@ -19,7 +19,7 @@ _ENGINE_RUN, _TRAINER_RUN = 100_000, 1_000
 #: The trainer is slower: its share of the canaries.
 _TRAINER_SHARE = 5
 _NOISE_COUNT, _NOISE_STEPS = 125_000, 4
-_SAMPLER_ROWS, _SAMPLER_STEPS, _SAMPLER_RATE = 2_000, 250, 0.1
+_SAMPLER_ROWS, _SAMPLER_STEPS, _SAMPLER_RATE = 5_000, 400, 0.1
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,8 @@ def test_no_false_alarms(epsilon: float) -> None:
 
 
 def test_no_false_alarms_with_poisson_batches() -> None:
-    assert false_alarms(game_at(4.0, steps=3, sample_rate=0.3), 4.0, 5_000, 4) == 0
+    game = Game(1.2, 3, 0.3, DELTA)
+    assert false_alarms(game, game.epsilon(1.2), 5_000, 4) == 0
 
 
 @pytest.mark.slow
@@ -78,7 +79,8 @@ def test_a_bound_can_be_above_the_claim() -> None:
     chance = np.random.default_rng(3)
     assert simulated(game_at(4.0), 1_000_000, chance, noise=0.95)[0] > 4
     assert simulated(game_at(4.0), 1_000, chance, noise=0.5)[0] > 4
-    assert simulated(game_at(2.0, steps=3, sample_rate=0.3), 20_000, chance, noise=0.5)[0] > 2
+    poisson = Game(1.2, 3, 0.3, DELTA)
+    assert simulated(poisson, 20_000, chance, noise=0.5)[0] > poisson.epsilon(1.2)
 
 
 def test_a_rare_leak_is_seen_without_a_model() -> None:

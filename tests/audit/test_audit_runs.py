@@ -61,7 +61,7 @@ def test_each_strategy_comes_near_the_theory(strategy: str) -> None:
 
 
 def test_the_checks_hold() -> None:
-    found = list(all_checks(count=20_000, sampler_steps=100))
+    found = list(all_checks(count=20_000, sampler_steps=200))
     assert len(found) == 18
     assert not [check for check in found if not check.passed]
 

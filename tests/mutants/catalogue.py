@@ -37,6 +37,7 @@ AUDIT_CANARY = "tests/audit/test_audit_runs.py::test_a_canary_adds_the_whole_thr
 AUDIT_BOUND = "tests/audit/test_audit_runs.py::test_each_strategy_comes_near_the_theory"
 AUDIT_TRAINER = "tests/audit/test_audit_runs.py::test_a_canary_of_the_trainer_adds_the_whole_threshold"
 STEP = "tests/nn/test_engine.py::test_a_step_is_the_clipped_sum"
+SCALE = "tests/nn/test_engine_scale.py"
 STEPS = "tests/nn/test_engine_steps.py"
 BOUNDS = "tests/kernels/test_bounds.py"
 REVIEW = "tests/nn/test_review_privacy.py"
@@ -183,14 +184,14 @@ CLIPPING_MUTANTS = [
         ENGINE,
         "return self.loss_scale / (samples",
         "return 1.0 / (samples",
-        ("tests/nn/test_engine.py::test_float16_with_a_scaled_loss",),
+        (f"{SCALE}::test_a_scaled_loss_is_clipped_as_the_loss_itself",),
     ),
     Mutant(
         "a mean is taken for one over the expected batch",
         ENGINE,
         '(samples if self.loss_reduction == "mean" else 1)',
         '(self.expected_batch_size if self.loss_reduction == "mean" else 1)',
-        (f"{AUDIT_CANARY}[auto]",),
+        (f"{SCALE}::test_a_scaled_loss_is_clipped_as_the_loss_itself",),
     ),
     Mutant(
         "sums divided by the realised batch",
@@ -204,7 +205,7 @@ CLIPPING_MUTANTS = [
         ENGINE,
         "torch._foreach_mul_(sums, self._divisor / self.expected_batch_size)",
         "torch._foreach_mul_(sums, self.expected_batch_size / self._divisor)",
-        ("tests/nn/test_engine_steps.py",),
+        (f"{SCALE}::test_the_expected_batch_size_of_the_step_is_what_sums_are_divided_by",),
     ),
     Mutant(
         "uses of a parameter are counted apart",
@@ -257,10 +258,10 @@ CLIPPING_MUTANTS = [
     ),
     Mutant(
         "samples with NaN let through",
-        CLIP,
-        "return coef.where(norm_sq.isfinite() & ~coef.isnan(), 0.0)",
-        "return coef.nan_to_num(1.0)",
-        ("tests/kernels/test_specs.py",),
+        NUMERICS,
+        "torch.nan_to_num(y, nan=torch.inf, posinf=torch.inf)",
+        "torch.nan_to_num(y, nan=0.0, posinf=torch.inf)",
+        (f"{BOUNDS}::test_bad_samples_add_exactly_nothing",),
     ),
     Mutant(
         "the trainer clips by a public constant of its own",
