@@ -1,4 +1,4 @@
-"""The command line: `adamix train|budget|baselines|features|info`, also `python -m adamix`."""
+"""The command line: `adamix train|budget|baselines|features|audit|info`, also `python -m adamix`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from adamix import cli, cli_baselines, cli_budget
+from adamix import cli, cli_audit, cli_baselines, cli_budget
 from adamix.errors import InputError
 from adamix.report import to_json
 
@@ -24,13 +24,20 @@ def parser() -> argparse.ArgumentParser:
     root = _Parser(prog="adamix", description="Differentially private training with a little public data (AdaMix).")
     root.add_argument("--version", action="version", version=cli.version())
     commands = root.add_subparsers(dest="command", required=True, parser_class=_Parser)
-    for add in (cli.add_train, cli_budget.add_budget, cli_baselines.add_baselines, cli.add_features, cli.add_info):
+    for add in (
+        cli.add_train,
+        cli_budget.add_budget,
+        cli_baselines.add_baselines,
+        cli.add_features,
+        cli_audit.add_audit,
+        cli.add_info,
+    ):
         add(commands)
     return root
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; bad input ends with one line and exit code 2."""
+    """Run a command; bad input ends with one line and exit code 2, an audit that fails with 1."""
     arguments = parser().parse_args(argv)
     with warnings.catch_warnings():
         warnings.showwarning = _one_line_warning  # type: ignore[assignment]
@@ -43,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
     if arguments.json:
         print(to_json(result))
-    return 0
+    return 1 if result.get("failed") else 0
 
 
 def _one_line_warning(message: Warning | str, category: type[Warning], *_: object) -> None:

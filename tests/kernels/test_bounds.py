@@ -253,13 +253,16 @@ def test_large_features_do_not_bring_back_a_residual_that_vanished() -> None:
         assert norm(softmax_head_clip_sum_noise(x, torch.tensor([0]), w, None, c).weight) <= c * SLACK
 
 
-def test_factors_are_rounded_down() -> None:
+@pytest.mark.parametrize("parts_on", ["torch", "auto"])
+def test_factors_are_rounded_down(parts_on: str) -> None:
     """In rational arithmetic, but for the float64 rounding of root and quotient; to nearest would be 2^-25 above."""
     generator = torch.Generator().manual_seed(0)
     for c in (1.0, 0.1, 0.7, 3e-7, 123.456, math.pi * 1e12):
         size = 10 ** (torch.rand(400, generator=generator, dtype=torch.float64) * 8 - 2)
         norm_sq = (size * c**2).float()
-        for coef, n in zip(clip_coef(norm_sq, c).tolist(), norm_sq.tolist(), strict=True):
+        with use_backend(parts_on):
+            factors = clip_coef(norm_sq, c)
+        for coef, n in zip(factors.tolist(), norm_sq.tolist(), strict=True):
             assert Fraction(coef) ** 2 * Fraction(n) <= Fraction(c) ** 2 * (1 + Fraction(1, 2**50))
 
 

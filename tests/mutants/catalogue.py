@@ -1,0 +1,444 @@
+"""Planted bugs, each with the checks that must find it, the likeliest first."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Mutant(NamedTuple):
+    """`old` stands exactly once in `file`; with `new` in its place one of `checks` (pytest node ids) must fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    checks: tuple[str, ...]
+
+
+ENGINE = "adamix_kernels/nn/engine.py"
+PASSES = "adamix_kernels/nn/passes.py"
+COMBINE = "adamix_kernels/nn/combine.py"
+CLIPPING = "adamix_kernels/nn/clipping.py"
+SAMPLER = "adamix_kernels/nn/sampler.py"
+NOISE = "adamix_kernels/ops/noise.py"
+CLIP = "adamix_kernels/ops/clip.py"
+NUMERICS = "adamix_kernels/ops/_numerics.py"
+NORM = "adamix_kernels/ops/norm.py"
+HEAD = "adamix_kernels/ops/head.py"
+NATIVE = "adamix_kernels/native.py"
+MECHANISM = "adamix/mechanism.py"
+PHASE = "adamix/private_phase.py"
+PRIVACY = "adamix/privacy.py"
+TRAINER = "adamix/trainer.py"
+ROWS = "adamix/rows.py"
+
+AUDIT_CHECKS = "tests/audit/test_audit_runs.py::test_the_checks_hold"
+AUDIT_CANARY = "tests/audit/test_audit_runs.py::test_a_canary_adds_the_whole_threshold_and_no_more"
+AUDIT_BOUND = "tests/audit/test_audit_runs.py::test_each_strategy_comes_near_the_theory"
+AUDIT_TRAINER = "tests/audit/test_audit_runs.py::test_a_canary_of_the_trainer_adds_the_whole_threshold"
+STEP = "tests/nn/test_engine.py::test_a_step_is_the_clipped_sum"
+SCALE = "tests/nn/test_engine_scale.py"
+STEPS = "tests/nn/test_engine_steps.py"
+BOUNDS = "tests/kernels/test_bounds.py"
+REVIEW = "tests/nn/test_review_privacy.py"
+PHASES = "tests/trainer/test_phases.py"
+PRIVACY_TESTS = "tests/trainer/test_privacy.py"
+MECHANISM_TESTS = "tests/trainer/test_mechanism.py"
+TRAINER_TESTS = "tests/trainer/test_trainer.py"
+NOISE_TESTS = "tests/kernels/test_noise.py"
+
+_STD = "std = limit * self.noise_multiplier / self.expected_batch_size"
+_TAKEN = "taken = (self._noise.uniform(self.num_samples) < rate).nonzero().flatten()"
+_CHOSEN = "chosen = self.noise.uniform(len(rows.y), rows.x.device) < sample_rate"
+
+NOISE_MUTANTS = [
+    Mutant("noise x 0.95", ENGINE, _STD, _STD.replace("limit", "0.95 * limit"), (AUDIT_CHECKS,)),
+    Mutant("noise of the sum on the mean of means", ENGINE, _STD, f"{_STD} ** 2", (AUDIT_CHECKS,)),
+    Mutant("noise without the threshold", ENGINE, _STD, _STD.replace("limit * ", ""), (AUDIT_CHECKS,)),
+    Mutant(
+        "noise of the last threshold, not the largest",
+        ENGINE,
+        "limit = functools.reduce(larger, limits)",
+        "limit = limits[-1]",
+        (f"{STEPS}::test_noise_is_that_of_the_largest_threshold",),
+    ),
+    Mutant(
+        "noise for each micro-batch as well",
+        ENGINE,
+        "            _accumulate(self._sums, name, total)\n",
+        "            std = float(self._threshold.whole) * self.noise_multiplier / self.expected_batch_size\n"
+        "            _accumulate(self._sums, name, add_gaussian_noise_(total, std, self.noise))\n",
+        (AUDIT_CHECKS, "tests/nn/test_engine.py::test_micro_batches_change_nothing"),
+    ),
+    Mutant(
+        "no noise where no backward pass was",
+        ENGINE,
+        "if self.noise_multiplier and sums:",
+        "if self.noise_multiplier and self._sums:",
+        (f"{STEPS}::test_noise_of_a_step_has_its_standard_deviation",),
+    ),
+    Mutant(
+        "an empty batch is skipped",
+        ENGINE,
+        "            if self.noise_multiplier and sums:",
+        "            if self.noise_multiplier and any(float(s.abs().sum()) for s in sums):",
+        (AUDIT_CHECKS,),
+    ),
+    Mutant(
+        "parameters that were not used get no noise",
+        ENGINE,
+        "trained = [(name, p) for name, p in self._owned if p.requires_grad]",
+        "trained = [(n, p) for n, p in self._owned if p.requires_grad and (n in self._sums or not self._sums)]",
+        (f"{STEPS}::test_noise_reaches_unused_parameters_and_never_repeats",),
+    ),
+    Mutant("same noise in each step", NOISE, "self._draws += 1", "self._draws = 1", (AUDIT_CHECKS,)),
+    Mutant(
+        "same noise in each parameter",
+        NATIVE,
+        "            offset += part.numel()\n        add()\n",
+        "        add()\n",
+        (AUDIT_CHECKS,),
+    ),
+    Mutant(
+        "one key for all: a resumed run repeats the noise",
+        NOISE,
+        "key = os.urandom(32) if seed is None",
+        "key = bytes(32) if seed is None",
+        (AUDIT_CHECKS,),
+    ),
+    Mutant(
+        "the key of a resumed run is its step",
+        ENGINE,
+        'self.steps = int(state["steps"])',
+        'self.steps = int(state["steps"])\n        self.noise = Noise(seed=self.steps)',
+        (AUDIT_CHECKS,),
+    ),
+    Mutant(
+        "noise may be used after a fork",
+        NOISE,
+        "if self._this_process() != self._process:",
+        "if False:",
+        (f"{NOISE_TESTS}::test_a_forked_noise_refuses",),
+    ),
+    Mutant(
+        "tails end where 24 bits do",
+        NOISE,
+        "return ((high >> 5) << 26) | (low >> 6)",
+        "return ((high >> 8) << 29) | (low >> 40)",
+        (f"{NOISE_TESTS}::test_the_tail_reaches_beyond_24_bits", NOISE_TESTS),
+    ),
+    Mutant(
+        "compiled noise without the threshold",
+        NATIVE,
+        "std = noise_multiplier * threshold if noise_multiplier else 0.0",
+        "std = noise_multiplier if noise_multiplier else 0.0",
+        ("tests/kernels/test_specs.py",),
+    ),
+    Mutant(
+        "layers' noise without the root of their number",
+        MECHANISM,
+        "(self.noise_multiplier * math.sqrt(len(sums)))",
+        "self.noise_multiplier",
+        (f"{MECHANISM_TESTS}::test_layers_are_clipped_each_and_noised_for_the_whole",),
+    ),
+    Mutant(
+        "the trainer's noise has a fixed key",
+        TRAINER,
+        "noise = Noise(config.noise_seed, config.noise_mode)",
+        "noise = Noise(config.noise_seed or 0)",
+        (AUDIT_CHECKS,),
+    ),
+]
+
+CLIPPING_MUTANTS = [
+    Mutant(
+        "norm misses a parameter",
+        PASSES,
+        "norm_sq = [factors.norm_sq() for _, factors in parts]",
+        "norm_sq = [factors.norm_sq() for _, factors in parts[1:] or parts]",
+        (f"{AUDIT_CANARY}[auto]",),
+    ),
+    Mutant(
+        "clipped by the mean norm of the batch",
+        PASSES,
+        "            total = _total(norm_sq)\n",
+        "            total = _total(norm_sq).mean().expand(parts[0][1].samples)\n",
+        (f"{STEP}[sum-auto]", STEP),
+    ),
+    Mutant(
+        "each layer is clipped to the whole threshold",
+        CLIPPING,
+        "return self.value / math.sqrt(max(1, len(self.layers)))",
+        "return self.value",
+        (f"{AUDIT_CANARY}[per_layer]",),
+    ),
+    Mutant(
+        "threshold changed in place after the backward pass",
+        CLIPPING,
+        "value = value.detach().double().abs() + 0.0  # never the tensor itself",
+        "value = value.detach()",
+        (f"{STEPS}::test_changing_a_threshold_in_place_does_not_shrink_the_noise_of_sums_made_before",),
+    ),
+    Mutant(
+        "factor of loss scaling left out",
+        ENGINE,
+        "return self.loss_scale / (samples",
+        "return 1.0 / (samples",
+        (f"{SCALE}::test_a_scaled_loss_is_clipped_as_the_loss_itself",),
+    ),
+    Mutant(
+        "a mean is taken for one over the expected batch",
+        ENGINE,
+        '(samples if self.loss_reduction == "mean" else 1)',
+        '(self.expected_batch_size if self.loss_reduction == "mean" else 1)',
+        (f"{SCALE}::test_a_scaled_loss_is_clipped_as_the_loss_itself",),
+    ),
+    Mutant(
+        "sums divided by the realised batch",
+        ENGINE,
+        "return self._scale(max(samples, 1)) * self._divisor",
+        "return self._scale(max(samples, 1)) * max(samples, 1)",
+        (f"{AUDIT_CANARY}[auto]",),
+    ),
+    Mutant(
+        "a new expected batch size is taken the wrong way round",
+        ENGINE,
+        "torch._foreach_mul_(sums, self._divisor / self.expected_batch_size)",
+        "torch._foreach_mul_(sums, self.expected_batch_size / self._divisor)",
+        (f"{SCALE}::test_the_expected_batch_size_of_the_step_is_what_sums_are_divided_by",),
+    ),
+    Mutant(
+        "uses of a parameter are counted apart",
+        COMBINE,
+        "return [part[0] if len(part) == 1 else _join(part) for part in parts.values()]",
+        "return list(records)",
+        ("tests/nn/test_corners.py", "tests/nn/test_zoo.py"),
+    ),
+    Mutant(
+        "cross term of tied weights left out",
+        COMBINE,
+        "total = own + 2 * cross + ",
+        "total = own + ",
+        ("tests/kernels/test_factored_bounds.py::test_contribution_of_a_tied_weight_is_bounded",),
+    ),
+    Mutant(
+        "norms rounded to nearest",
+        NUMERICS,
+        "y = torch.where(y.double() < upper, torch.nextafter(y, torch.full_like(y, torch.inf)), y)",
+        "y = y + 0.0",
+        (f"{BOUNDS}::test_norms_of_unlucky_rows_are_not_below_the_exact_ones",),
+    ),
+    Mutant(
+        "norm is that of the largest tensor",
+        NORM,
+        "total = torch.stack([sum_sq(p) for p in parts]).sum(0)",
+        "total = torch.stack([sum_sq(p) for p in parts]).amax(0)",
+        ("tests/kernels/test_specs.py",),
+    ),
+    Mutant(
+        "bias missing from the norm of a head",
+        HEAD,
+        "(x.square().sum(1) + (bias is not None))",
+        "x.square().sum(1)",
+        (f"{BOUNDS}::test_one_row_moves_the_head_by_at_most_the_threshold",),
+    ),
+    Mutant(
+        "factors above 1",
+        CLIP,
+        ".clamp(max=1.0))\n    # 0 / 0",
+        ".clamp(max=1.01))\n    # 0 / 0",
+        ("tests/kernels/test_specs.py",),
+    ),
+    Mutant(
+        "factors rounded to nearest",
+        NUMERICS,
+        "y = torch.where(y.double() > x, torch.nextafter(y, torch.zeros_like(y)), y)",
+        "y = y + 0.0",
+        (f"{BOUNDS}::test_factors_are_rounded_down",),
+    ),
+    Mutant(
+        "samples with NaN let through",
+        NUMERICS,
+        "torch.nan_to_num(y, nan=torch.inf, posinf=torch.inf)",
+        "torch.nan_to_num(y, nan=0.0, posinf=torch.inf)",
+        (f"{BOUNDS}::test_bad_samples_add_exactly_nothing",),
+    ),
+    Mutant(
+        "the trainer clips by a public constant of its own",
+        MECHANISM,
+        "clip_coef(grad_norm_sq(own), threshold)",
+        "clip_coef(grad_norm_sq(own), 2 * threshold)",
+        (f"{MECHANISM_TESTS}::test_one_row_moves_the_sum_by_at_most_the_threshold",),
+    ),
+]
+
+LOOP_MUTANTS = [
+    Mutant(
+        "public rows are clipped",
+        ENGINE,
+        "return self._public > 0",
+        "return False",
+        ("tests/nn/test_engine.py::test_public_gradients_are_ordinary",),
+    ),
+    Mutant(
+        "private rows after public ones are not clipped",
+        ENGINE,
+        "            self._public -= 1",
+        "            pass",
+        ("tests/nn/test_engine.py::test_public_and_private_rows_in_one_step",),
+    ),
+    Mutant(
+        "sums of a failed backward pass are kept",
+        ENGINE,
+        "        self._staged.clear()\n        if not self._sums:",
+        "        if not self._sums:",
+        (f"{STEPS}::test_a_failed_backward_pass_leaves_nothing",),
+    ),
+    Mutant(
+        "a sample may take part twice",
+        PASSES,
+        "if earlier - {None, now.number}:",
+        "if False:",
+        ("tests/nn/test_refusals.py", REVIEW),
+    ),
+    Mutant(
+        "two batches are clipped as one",
+        PASSES,
+        "if len(now.forwards) > 1 and not self._engine.joint_forwards:",
+        "if False:",
+        ("tests/nn/test_refusals.py", REVIEW),
+    ),
+    Mutant(
+        "a second pass may have larger gradients",
+        PASSES,
+        "if first is None or (first.isfinite() & ~(norm_sq <= first * (1 + 2e-5))).any():",
+        "if first is None:",
+        (f"{REVIEW}::test_two_passes_that_recompute_something_else",),
+    ),
+    Mutant(
+        "gradients from elsewhere are stepped",
+        ENGINE,
+        "            check_grads(trained, self._known_grads)\n",
+        "",
+        (f"{REVIEW}::test_a_gradient_from_elsewhere_is_not_stepped", REVIEW),
+    ),
+    Mutant(
+        "ordinary gradients reach private parameters",
+        ENGINE,
+        "elif grad is not None and not self._pulls:",
+        "elif False:",
+        ("tests/nn/test_refusals.py",),
+    ),
+    Mutant(
+        "batches of one size for Poisson ones",
+        SAMPLER,
+        _TAKEN,
+        "taken = self._noise.uniform(self.num_samples).argsort()[: round(rate * self.num_samples)].sort().values",
+        (AUDIT_CHECKS,),
+    ),
+    Mutant(
+        "the trainer's batches have one size",
+        MECHANISM,
+        _CHOSEN,
+        "chosen = self.noise.uniform(len(rows.y)).argsort()[: round(sample_rate * len(rows.y))]",
+        (AUDIT_CHECKS,),
+    ),
+    Mutant(
+        "the trainer draws the same batch in each step",
+        MECHANISM,
+        _CHOSEN,
+        "chosen = Noise(seed=0).uniform(len(rows.y), rows.x.device) < sample_rate",
+        (AUDIT_CHECKS,),
+    ),
+    Mutant(
+        "batches are 2 % too large",
+        SAMPLER,
+        _TAKEN,
+        _TAKEN.replace("rate)", "1.02 * rate)"),
+        (AUDIT_CHECKS, "tests/nn/test_sampler.py"),
+    ),
+    Mutant(
+        "one step more than is accounted for",
+        PHASE,
+        "for number in range(1, config.steps + 1):",
+        "for number in range(config.steps + 1):",
+        (f"{PHASES}::test_a_fixed_threshold_stays", PHASES),
+    ),
+    Mutant(
+        "threshold from private rows",
+        PHASE,
+        "norm_sq = public_norms(norm_sq, config)",
+        "norm_sq = public_norms(model.grad_sum(private)[1], config)",
+        (f"{TRAINER_TESTS}::test_what_leaves_depends_on_private_rows_through_noise_only",),
+    ),
+    Mutant(
+        "subspace from private rows",
+        PHASE,
+        "grads = torch.cat(list(model.grad_sample(public)))",
+        "grads = torch.cat(list(model.grad_sample(private)))",
+        (f"{PHASES}::test_the_subspace_follows_the_public_gradients", PHASES),
+    ),
+    Mutant(
+        "the trainer divides by the number of private rows",
+        PHASE,
+        "denominator = config.expected_batch_size + weight",
+        "denominator = len(private.y) + weight",
+        (f"{PHASES}::test_the_denominator_is_the_public_constant",),
+    ),
+    Mutant(
+        "public and private rows may overlap",
+        ROWS,
+        "    if pairs:\n",
+        "    if False:\n",
+        ("tests/trainer/test_rows.py::test_disjoint",),
+    ),
+]
+
+ACCOUNTING_MUTANTS = [
+    Mutant(
+        "accountant off by a factor: steps are not composed",
+        PRIVACY,
+        "get_epsilon_gaussian(noise_multiplier / math.sqrt(steps), delta)",
+        "get_epsilon_gaussian(noise_multiplier, delta)",
+        (f"{PRIVACY_TESTS}::test_full_batch_is_exactly_gaussian",),
+    ),
+    Mutant(
+        "Poisson steps counted by half",
+        PRIVACY,
+        "SelfComposedDpEvent(step, steps)",
+        "SelfComposedDpEvent(step, max(1, steps // 2))",
+        (f"{PRIVACY_TESTS}::test_events_of_a_sampler_cost_what_dp_accounting_says", PRIVACY_TESTS),
+    ),
+    Mutant(
+        "epsilon of Poisson batches at ten times delta",
+        PRIVACY,
+        "return min(full, float(accountant.get_epsilon(delta)))",
+        "return min(full, float(accountant.get_epsilon(10 * delta)))",
+        (f"{PRIVACY_TESTS}::test_events_of_a_sampler_cost_what_dp_accounting_says", PRIVACY_TESTS),
+    ),
+    Mutant(
+        "epsilon of full batches at ten times delta",
+        PRIVACY,
+        "math.sqrt(steps), delta))",
+        "math.sqrt(steps), 10 * delta))",
+        (f"{PRIVACY_TESTS}::test_full_batch_is_exactly_gaussian",),
+    ),
+    Mutant(
+        "truncated batches accounted as Poisson ones",
+        PRIVACY,
+        "    if event.max_batch_size is None:\n        return spent(",
+        "    if True:\n        return spent(",
+        (f"{PRIVACY_TESTS}::test_what_a_sampler_mints_is_accounted_and_truncation_costs",),
+    ),
+    Mutant(
+        "full batches reported as Poisson ones",
+        TRAINER,
+        "        epsilons = spent_by_step(\n"
+        "            noise_multiplier, delta=config.delta, steps=config.steps, sample_rate=config.sample_rate\n",
+        "        epsilons = spent_by_step(\n"
+        "            noise_multiplier, delta=config.delta, steps=config.steps, sample_rate=0.5 * config.sample_rate\n",
+        (TRAINER_TESTS,),
+    ),
+]
+
+MUTANTS = [*NOISE_MUTANTS, *CLIPPING_MUTANTS, *LOOP_MUTANTS, *ACCOUNTING_MUTANTS]
