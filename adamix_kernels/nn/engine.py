@@ -319,7 +319,7 @@ class DPEngine:
             if self._sums and self._divisor != self.expected_batch_size:
                 torch._foreach_mul_(sums, self._divisor / self.expected_batch_size)
             std = limit * self.noise_multiplier / self.expected_batch_size
-            self._metrics = Metrics.of(self._norm_sq, limits, sums, std, self.measure_signal)
+            self._metrics = Metrics(self._norm_sq, limits, sums, std, self.measure_signal)
             if self.noise_multiplier and sums:
                 add_gaussian_noise_(sums, std, self.noise)
             for (_, p), total in zip(trained, sums, strict=True):
