@@ -28,30 +28,34 @@ class Private(Generic[T]):
         compute: makes the value; called at each `reveal()`, so that until then nothing waits for a device.
     """
 
-    __slots__ = ("_compute", "_name")
+    __slots__ = ("_compute", "name")
 
     def __init__(self, name: str, compute: Callable[[], T]) -> None:
-        self._name, self._compute = name, compute
+        self.name, self._compute = name, compute
 
     def reveal(self) -> T:
         """The value, with an `OutsideGuaranteeWarning`: by Python's own filter once for each line that calls this."""
         warnings.warn(
-            f"{self._name}: computed from private rows without noise; what is done with it is outside the guarantee",
+            f"{self.name}: computed from private rows without noise; what is done with it is outside the guarantee",
             OutsideGuaranteeWarning,
             stacklevel=2,
         )
         return self._compute()
 
+    def refuse(self, what: str) -> NoReturn:
+        """Raise the TypeError that says why not, and what to do."""
+        raise TypeError(refusal(self.name, what))
+
     def __repr__(self) -> str:
-        return f"<private {self._name}, outside the guarantee; call reveal()>"
+        return f"<private {self.name}, outside the guarantee; call reveal()>"
 
     def __getattr__(self, attribute: str) -> NoReturn:
         # An AttributeError, so that hasattr() still answers.
-        raise AttributeError(refusal(self._name, f"its attribute {attribute!r} cannot be read"))
+        raise AttributeError(refusal(self.name, f"its attribute {attribute!r} cannot be read"))
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
-        name = next((value._name for value in args if isinstance(value, Private)), "an argument")
+        name = next((value.name for value in args if isinstance(value, Private)), "an argument")
         raise TypeError(refusal(name, "torch cannot calculate with it"))
 
 
@@ -64,7 +68,7 @@ def refusal(name: str, what: str) -> str:
 
 def _refuse(what: str) -> Callable[..., NoReturn]:
     def method(self: Private[Any], *_: Any, **__: Any) -> NoReturn:
-        raise TypeError(refusal(self._name, what))
+        self.refuse(what)
 
     return method
 
