@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from adamix.audit import Report, audit
-from adamix.cli import Commands, add_command, console_of, progress_bar
+from adamix.cli_common import Commands, add_command, console_of, progress_bar
 
 
 def add_audit(commands: Commands) -> None:

@@ -12,38 +12,82 @@ import functools
 import math
 import warnings
 from collections.abc import Iterable
+from numbers import Integral, Real
+from typing import Any
 
 import dp_accounting
 from dp_accounting.pld import PLDAccountant
 from scipy import optimize
 
 from adamix.config import Config
+from adamix.errors import InputError
 from adamix_kernels import SamplingEvent
 
 #: The least noise multiplier for which Poisson batches are accounted as such.
 _LEAST = 0.5
 #: The same for full batches that are composed with Poisson batches.
 _LEAST_FULL = 0.1
+#: Nor where the privacy loss has about this standard deviation (epsilon is some 5000): that would take gigabytes.
+_MOST_LOSS = 100.0
 
 
-@functools.lru_cache(maxsize=256)  # Poisson batches: up to seconds a value
 def spent(noise_multiplier: float, *, delta: float, steps: int, sample_rate: float = 1.0) -> float:
     """Epsilon of `steps` steps at `delta`. Inf without noise, 0 before the first step.
 
-    Sampling never costs more than full batches, so their exact value is an upper bound: it is used where it is the
-    smaller, and where there is so little noise that the loss distributions grow beyond memory.
+    Never below the truth. Sampling never costs more than full batches, so their exact value is an upper bound: it is
+    used where it is the smaller, and where there is so little noise that the loss distributions grow beyond memory.
+
+    Raises:
+        InputError: names the argument that is no number, or out of range.
     """
+    _check("noise_multiplier", noise_multiplier, 0 <= _number(noise_multiplier) < math.inf, "a finite number >= 0")
+    _check_rest(delta, steps, sample_rate, least_steps=0)
+    return _spent(float(noise_multiplier), float(delta), int(steps), float(sample_rate))
+
+
+@functools.lru_cache(maxsize=256)  # Poisson batches: up to seconds a value
+def _spent(noise_multiplier: float, delta: float, steps: int, sample_rate: float) -> float:
     if steps == 0:
         return 0.0
-    if noise_multiplier == 0:
-        return math.inf
-    full = float(dp_accounting.get_epsilon_gaussian(noise_multiplier / math.sqrt(steps), delta))
+    full = _spent_on_full_batches(noise_multiplier, delta, steps)
     if sample_rate == 1 or noise_multiplier < _LEAST:
+        return full
+    loss = sample_rate * math.sqrt(steps * math.expm1(1 / noise_multiplier**2))  # its standard deviation in the limit
+    if loss > _MOST_LOSS:
         return full
     accountant = PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
     step = dp_accounting.PoissonSampledDpEvent(sample_rate, dp_accounting.GaussianDpEvent(noise_multiplier))
     accountant.compose(dp_accounting.SelfComposedDpEvent(step, steps))
     return min(full, float(accountant.get_epsilon(delta)))
+
+
+def _spent_on_full_batches(noise_multiplier: float, delta: float, steps: int) -> float:
+    sigma = noise_multiplier / math.sqrt(steps)
+    if sigma < 1e-100:  # where squares leave the range of numbers
+        return math.inf
+    found = float(dp_accounting.get_epsilon_gaussian(sigma, delta))
+    # It is found to 1e-12 and rounding, on either side of the truth; rounding was seen to be 1e-12 too.
+    return found * (1 + 1e-12) + 1e-10 if found else 0.0
+
+
+def _number(value: Any) -> float:
+    """NaN, which no range contains, for what is no real number."""
+    try:
+        return float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        return math.nan
+
+
+def _check(name: str, value: Any, holds: bool, remedy: str) -> None:
+    if not holds:
+        raise InputError(f"{name}: {value!r} is not valid here; pass {remedy}")
+
+
+def _check_rest(delta: Any, steps: Any, sample_rate: Any, least_steps: int) -> None:
+    _check("delta", delta, 0 < _number(delta) < 1, "a number in (0, 1)")
+    whole = isinstance(steps, Integral) and least_steps <= _number(steps) <= 1e12
+    _check("steps", steps, whole, f"a whole number in [{least_steps}, 1e12]")
+    _check("sample_rate", sample_rate, 0 < _number(sample_rate) <= 1, "a probability in (0, 1]")
 
 
 def dp_event(event: SamplingEvent, noise_multiplier: float) -> dp_accounting.DpEvent:
@@ -146,12 +190,17 @@ def calibrate(epsilon: float, *, delta: float, steps: int, sample_rate: float = 
 
     With full batches `spent` of it is within 1e-6 of `epsilon`, never above. With very small sample rates, where less
     noise than the threshold would do, it may be larger than needed.
+
+    Raises:
+        InputError: names the argument that is no number, or out of range.
     """
+    _check("epsilon", epsilon, _number(epsilon) > 0, "a number above 0, or inf for no privacy")
+    _check_rest(delta, steps, sample_rate, least_steps=1)
     if math.isinf(epsilon):
         return 0.0
-    full = _round_up(math.sqrt(steps) * float(dp_accounting.get_sigma_gaussian(epsilon, delta)))
+    full, growth = _round_up(math.sqrt(steps) * float(dp_accounting.get_sigma_gaussian(epsilon, delta))), 1e-10
     while spent(full, delta=delta, steps=steps) > epsilon:
-        full = _round_up(full * (1 + 1e-10))
+        full, growth = _round_up(full * (1 + growth)), 2 * growth
     if sample_rate == 1:
         return full
 

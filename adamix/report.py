@@ -7,14 +7,17 @@ import json
 import math
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 
 from adamix.errors import InputError
+from adamix.private_metrics import PrivateMetrics
 from adamix.storage import one_line
 from adamix.trainer import Result, tensors_of
+from adamix_kernels import Private
 
 
 def check_out(out: str | Path) -> Path:
@@ -42,10 +45,13 @@ def _cannot_write(path: Path, error: Exception) -> InputError:
     return InputError(f"out: {str(path)!r} cannot be written ({one_line(error)}); name a folder that can")
 
 
-def write_run(out: str | Path, result: Result, summary: dict[str, Any]) -> None:
+def write_run(
+    out: str | Path, result: Result, summary: dict[str, Any], private_metrics: Sequence[PrivateMetrics] = ()
+) -> None:
     """Write `config.json`, `summary.json`, `metrics.jsonl`, `weights.safetensors`, `public_weights.safetensors`
-    and `run.png` into the new folder `out`.
+    and `run.png` into the new folder `out`; all of it may be published.
 
+    `private_metrics`, where they were asked for, go to a file of their own, `PRIVATE_metrics.jsonl`, which may not.
     Everything is written beside it first and moved at the end, so that `out` is never half a run.
     """
     path = check_out(out)
@@ -58,6 +64,9 @@ def write_run(out: str | Path, result: Result, summary: dict[str, Any]) -> None:
         with (staging / "metrics.jsonl").open("w") as file:
             for record in step_records(result):
                 file.write(to_json(record) + "\n")
+        if private_metrics:
+            lines = [to_json(metrics.revealed()) + "\n" for metrics in private_metrics]
+            (staging / "PRIVATE_metrics.jsonl").write_text("".join(lines))
         save_file(tensors_of(result.model), staging / "weights.safetensors")
         save_file(result.public_state, staging / "public_weights.safetensors")
         plot_run(result, staging / "run.png")
@@ -79,13 +88,18 @@ def step_records(result: Result) -> list[dict[str, Any]]:
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """JSON text; it has no infinities and NaN, so the texts "inf", "-inf" and "nan" stand for them."""
+    """JSON text; it has no infinities and NaN, so the texts "inf", "-inf" and "nan" stand for them.
+
+    Raises TypeError for a `Private` value.
+    """
 
     def finite(item: Any) -> Any:
         if isinstance(item, dict):
             return {key: finite(inner) for key, inner in item.items()}
         if isinstance(item, list | tuple):
             return [finite(inner) for inner in item]
+        if isinstance(item, Private):
+            item.refuse("it cannot be written as JSON")
         return str(item) if isinstance(item, float) and not math.isfinite(item) else item
 
     return json.dumps(finite(value), indent=indent, allow_nan=False)

@@ -28,6 +28,7 @@ from adamix_kernels.ops.norm import grad_norm_sq
 from adamix_kernels.ops.quantile import norm_quantile
 from adamix_kernels.ops.scale_shift import ScaleShiftSum, scale_shift_clip_sum, scale_shift_norm_sq
 from adamix_kernels.ops.subspace import lift, project, subspace_basis
+from adamix_kernels.private import OutsideGuaranteeWarning, Private
 from adamix_kernels.spec import BackendError, backends, use_backend
 
 __all__ = [
@@ -41,8 +42,10 @@ __all__ = [
     "LinearSum",
     "MixedHeadSum",
     "Noise",
+    "OutsideGuaranteeWarning",
     "PoissonSampler",
     "PrivacyError",
+    "Private",
     "SamplingEvent",
     "ScaleShiftSum",
     "add_gaussian_noise_",

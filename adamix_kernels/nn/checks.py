@@ -33,7 +33,7 @@ def check_settings(
         ("clipping", clipping, CLIPPINGS),
         ("loss_reduction", loss_reduction, REDUCTIONS),
     ):
-        if value not in known:
+        if not isinstance(value, str) or value not in known:
             raise ValueError(f"{name}: is {value!r}; pass one of {', '.join(map(repr, known))}")
     for name, number, least in (
         ("noise_multiplier", noise_multiplier, 0.0),

@@ -366,11 +366,11 @@ class DPEngine:
         std = limit * self.noise_multiplier / self.expected_batch_size
         if self._grid is not None:
             shown = self._grid.floats(sums) if self.measure_signal else sums
-            self._metrics = Metrics.of(self._norm_sq, limits, shown, std, self.measure_signal)
+            self._metrics = Metrics(self._norm_sq, limits, shown, std, self.measure_signal)
             return self._grid.release(sums, float(limit)) if sums else []
         if self._sums and self._divisor != self.expected_batch_size:
             torch._foreach_mul_(sums, self._divisor / self.expected_batch_size)
-        self._metrics = Metrics.of(self._norm_sq, limits, sums, std, self.measure_signal)
+        self._metrics = Metrics(self._norm_sq, limits, sums, std, self.measure_signal)
         if self.noise_multiplier and sums:
             add_gaussian_noise_(sums, std, self.noise)
         return sums

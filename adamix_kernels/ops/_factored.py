@@ -158,7 +158,7 @@ def _gram(a: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
 def check_flags(bias: bool, method: str = "auto", **_: Any) -> None:
     if not isinstance(bias, bool):
         raise TypeError(f"bias is {type(bias).__name__}; pass True if the layer has a trainable bias, else False")
-    if method not in ("auto", "gram", "direct"):
+    if not isinstance(method, str) or method not in ("auto", "gram", "direct"):
         raise ValueError(f"method is {method!r}; pass 'auto', 'gram' or 'direct'")
 
 

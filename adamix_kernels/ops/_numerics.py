@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +15,28 @@ _BLOCK = 1 << 18
 
 #: Float32's smallest normal number. Below it nothing is to be relied on: the processor may flush it to 0.
 TINY = torch.finfo(torch.float32).tiny
+
+
+def check_number(name: str, value: Any, scalar_tensor: bool = False) -> None:
+    """TypeError or ValueError unless `value` is a real number, or where it may be, a real scalar tensor `[]`.
+
+    To compare anything else raises too, but in words that name no argument.
+    """
+    if isinstance(value, float):
+        return
+    wanted = "a number" + " or a scalar tensor []" * scalar_tensor
+    if isinstance(value, Real):
+        try:
+            float(value)
+        except OverflowError:
+            raise ValueError(f"{name} is an int beyond all floats; pass {wanted}") from None
+        return
+    if not scalar_tensor or not isinstance(value, Tensor):
+        raise TypeError(f"{name} is {type(value).__name__}; pass {wanted}")
+    if value.dim() != 0:
+        raise ValueError(f"{name} has shape {list(value.shape)}; pass {wanted}")
+    if value.is_complex() or value.dtype is torch.bool or value.layout is not torch.strided:
+        raise TypeError(f"{name} is a {value.dtype} tensor, {value.layout}; pass {wanted}, real and dense")
 
 
 def as_list(tensors: Tensor | Sequence[Tensor]) -> list[Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from adamix_kernels.ops._cases import grad_cases, rand, randn
-from adamix_kernels.ops._numerics import as_list, round_down, sum_dtype, weighted_sum
+from adamix_kernels.ops._numerics import as_list, check_number, round_down, sum_dtype, weighted_sum
 from adamix_kernels.ops.noise import Noise, add_gaussian_noise_
 from adamix_kernels.ops.norm import grad_norm_sq
 from adamix_kernels.spec import Case, Cost, Out, define_op
@@ -27,19 +27,19 @@ def check_mechanism(
     max_grad_norm: float | Tensor, noise_multiplier: float = 0.0, noise: Noise | None = None, **_: Any
 ) -> None:
     """The checks of every op that clips and adds noise. A threshold on the device is not read: that would wait."""
-    if isinstance(max_grad_norm, Tensor):
-        if max_grad_norm.dim() != 0:
+    check_number("max_grad_norm", max_grad_norm, scalar_tensor=True)
+    check_number("noise_multiplier", noise_multiplier)
+    if not isinstance(max_grad_norm, Tensor):
+        if not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm is {max_grad_norm}; pass a number above 0")
+        if math.isinf(max_grad_norm) and noise_multiplier:
             raise ValueError(
-                f"max_grad_norm has shape {list(max_grad_norm.shape)}; pass a number or a scalar tensor []"
+                f"max_grad_norm is inf with noise_multiplier {noise_multiplier}; noise needs a finite threshold"
             )
-    elif not max_grad_norm > 0:
-        raise ValueError(f"max_grad_norm is {max_grad_norm}; pass a number above 0")
-    elif math.isinf(max_grad_norm) and noise_multiplier:
-        raise ValueError(
-            f"max_grad_norm is inf with noise_multiplier {noise_multiplier}; noise needs a finite threshold"
-        )
     if not 0 <= noise_multiplier < math.inf:
         raise ValueError(f"noise_multiplier is {noise_multiplier}; pass a finite number >= 0")
+    if noise_multiplier and not isinstance(max_grad_norm, Tensor) and math.isinf(noise_multiplier * max_grad_norm):
+        raise ValueError(f"noise_multiplier is {noise_multiplier}; times max_grad_norm {max_grad_norm} it is infinite")
     if noise_multiplier and not isinstance(noise, Noise):
         raise ValueError(f"noise is {noise!r} with noise_multiplier {noise_multiplier}; pass adamix_kernels.Noise()")
 

@@ -58,7 +58,7 @@ class _Axis(NamedTuple):
 
 def _per_axis(name: str, value: Any, axes: int, least: int) -> tuple[int, ...]:
     values = tuple(value) if isinstance(value, tuple | list) else (value,) * axes
-    if len(values) != axes or not all(isinstance(v, int) and v >= least for v in values):
+    if len(values) != axes or not all(isinstance(v, int) and least <= v < 2**31 for v in values):
         raise ValueError(f"{name} is {value!r}; pass an int >= {least} or a tuple of {axes} of them, as in kernel_size")
     return values
 
@@ -79,7 +79,7 @@ def _axes(kernel_size: Any, stride: Any, padding: Any, dilation: Any) -> list[_A
     count = len(kernel_size)
     kernels = _per_axis("kernel_size", kernel_size, count, 1)
     strides, dilations = _per_axis("stride", stride, count, 1), _per_axis("dilation", dilation, count, 1)
-    if padding == "same":
+    if isinstance(padding, str) and padding == "same":
         if strides != (1,) * count:
             raise ValueError(f"padding is 'same' with stride {stride!r}; 'same' needs stride 1")
         extra = [d * (k - 1) for k, d in zip(kernels, dilations, strict=True)]
@@ -87,7 +87,7 @@ def _axes(kernel_size: Any, stride: Any, padding: Any, dilation: Any) -> list[_A
     elif isinstance(padding, str) and padding != "valid":
         raise ValueError(f"padding is {padding!r}; pass 'same', 'valid', an int or a tuple")
     else:
-        pads = [(p, p) for p in _per_axis("padding", 0 if padding == "valid" else padding, count, 0)]
+        pads = [(p, p) for p in _per_axis("padding", 0 if isinstance(padding, str) else padding, count, 0)]
     settings = zip(kernels, strides, pads, dilations, strict=True)
     return [_Axis(k, s, before, after, d) for k, s, (before, after), d in settings]
 

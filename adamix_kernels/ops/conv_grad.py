@@ -72,5 +72,5 @@ def conv_grad_sample(
         (grouped(backprops[b], groups).mT.double() @ windows(activations[b], axes, groups).double()).to(dtype)
         for b in blocks(activations.shape[0], unit_of(activations, backprops, kernel_size))
     ]
-    weight = torch.cat(parts).reshape(-1, outputs, inputs // groups, *kernel_size)
+    weight = torch.cat(parts).reshape(len(activations), outputs, inputs // groups, *kernel_size)
     return ConvGrad(weight, backprops.flatten(2).sum(2, dtype=torch.float64).to(dtype) if bias else None)

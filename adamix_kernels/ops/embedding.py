@@ -38,10 +38,11 @@ def _rows(indices: Tensor, backprops: Tensor) -> tuple[Tensor, Tensor]:
     return positions_axis(indices[..., None])[..., 0].long(), positions_axis(backprops)
 
 
-def _check(indices: Tensor, padding_idx: int | None, num_embeddings: int | None = None, **_: Any) -> None:
-    if num_embeddings is not None:
-        if type(num_embeddings) is not int or num_embeddings < 1:
-            raise ValueError(f"num_embeddings is {num_embeddings!r}; pass an int above 0")
+def _check(indices: Tensor, padding_idx: int | None, **rest: Any) -> None:
+    num_embeddings = rest.get("num_embeddings")  # the norms do without
+    if "num_embeddings" in rest:
+        if type(num_embeddings) is not int or not 1 <= num_embeddings < 2**31:
+            raise ValueError(f"num_embeddings is {num_embeddings!r}; pass an int in [1, 2^31)")
         if indices.device.type == "cpu" and indices.numel():  # on a GPU this would wait for the device
             low, high = int(indices.min()), int(indices.max())
             if low < 0 or high >= num_embeddings:
@@ -185,7 +186,7 @@ def embedding_clip_sum(
     # One spare row, cut off at the end, takes what is not the end of a run.
     total = torch.zeros(num_embeddings + 1, width, dtype=sum_dtype(backprops), device=g.device)
     for d in blocks(width, samples * positions):
-        values = (g.reshape(-1, width)[order, d] * scale).where(keep, 0.0)
+        values = (g.flatten(0, 1)[order, d] * scale).where(keep, 0.0)
         ends = _sum_runs(keys * samples + sample, values)  # within a sample first: its terms may cancel
         values = values.where(ends[..., None], 0.0)
         ends = _sum_runs(keys, values)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adamix_kernels.ops._cases import randn
 from adamix_kernels.ops._factored import blocks
-from adamix_kernels.ops._numerics import sum_dtype
+from adamix_kernels.ops._numerics import check_number, sum_dtype
 from adamix_kernels.ops.clip import check_mechanism
 from adamix_kernels.ops.head import (
     HeadSum,
@@ -87,6 +87,7 @@ def _check_mixed(
     noise: Noise | None,
     **_: Any,
 ) -> None:
+    check_number("quantile", quantile)
     if not 0 <= quantile <= 1:
         raise ValueError(f"quantile is {quantile}; pass a number in [0, 1]")
     if not len(public_features):

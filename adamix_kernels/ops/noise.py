@@ -17,7 +17,7 @@ from torch import Tensor
 
 from adamix_kernels.ops import _streams
 from adamix_kernels.ops._cases import randn
-from adamix_kernels.ops._numerics import as_list
+from adamix_kernels.ops._numerics import as_list, check_number
 from adamix_kernels.spec import Case, Cost, Out, define_op
 
 #: Normals made at a time: bounds the memory of the integer words.
@@ -146,10 +146,11 @@ def _cases() -> list[Case]:
 
 
 def check_noise(tensor: Any, std: float | Tensor, noise: Noise | None) -> None:
-    if isinstance(std, Tensor):
-        if std.dim() != 0:
-            raise ValueError(f"std has shape {list(std.shape)}; pass a number or a scalar tensor []")
-    elif not 0 <= std < math.inf:
+    check_number("std", std, scalar_tensor=True)
+    for part in () if tensor is None else as_list(tensor):
+        if 0 in part.stride() and any(s == 0 and n > 1 for s, n in zip(part.stride(), part.shape, strict=True)):
+            raise ValueError("tensor is expanded: some of its elements are the same number; pass tensor.clone()")
+    if not isinstance(std, Tensor) and not 0 <= std < math.inf:
         raise ValueError(f"std is {std}; pass a finite number >= 0")
     if not isinstance(noise, Noise):
         raise TypeError(f"noise is {type(noise).__name__}; pass adamix_kernels.Noise()")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from adamix_kernels.ops._cases import randn
+from adamix_kernels.ops._numerics import check_number
 from adamix_kernels.spec import Case, Cost, Out, define_op
 
 
@@ -32,6 +33,7 @@ def _cases() -> list[Case]:
 
 
 def _check(norm_sq: Tensor, q: float) -> None:
+    check_number("q", q)
     if not 0 <= q <= 1:
         raise ValueError(f"q is {q}; pass a fraction in [0, 1]")
     if norm_sq.numel() == 0:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
 from adamix_kernels.ops._cases import randn
-from adamix_kernels.ops._numerics import sum_dtype
+from adamix_kernels.ops._numerics import check_number, sum_dtype
 from adamix_kernels.spec import Case, Cost, Out, define_op
 
 #: Directions whose share of the largest eigenvalue is below this are rounding, not signal.
@@ -62,8 +64,10 @@ def _basis_cases() -> list[Case]:
 
 
 def _check_basis(grad_sample: Tensor, rank: int | None, energy: float | None) -> None:
-    if rank is not None and rank < 1:
+    if rank is not None and (not isinstance(rank, Integral) or rank < 1):
         raise ValueError(f"rank is {rank}; pass a number of directions >= 1, or None for all")
+    if energy is not None:
+        check_number("energy", energy)
     if energy is not None and not 0 < energy <= 1:
         raise ValueError(f"energy is {energy}; pass the fraction to retain, in (0, 1], or None")
 

@@ -141,7 +141,7 @@ def test_autocast_norms_are_float32() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         run(dp, (x, y))
     step(dp)
-    assert all(n.dtype in (torch.float32, torch.float64) for n in dp.metrics().norm_sq)
+    assert all(n.dtype in (torch.float32, torch.float64) for n in dp.metrics()._norm_sq)
 
 
 def test_float16_with_a_scaled_loss() -> None:
