@@ -11,7 +11,7 @@ from torch import Tensor
 from adamix.config import Config
 from adamix.mechanism import Mechanism
 from adamix.models import Trainable
-from adamix.rows import Rows
+from adamix.rows import Rows, UserRows
 from adamix.schedule import make_schedule, public_norms
 from adamix_kernels import project, subspace_basis
 
@@ -35,7 +35,7 @@ class Step:
 def private_phase(
     model: Trainable,
     public: Rows,
-    private: Rows,
+    private: Rows | UserRows,
     config: Config,
     mechanism: Mechanism,
     *,

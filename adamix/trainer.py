@@ -20,11 +20,21 @@ from adamix.privacy import warn_if_weak
 from adamix.private_phase import Step, private_phase
 from adamix.public_phase import fit_public
 from adamix.recorder import Recorder, fixed_parts, recording
-from adamix.rows import Rows, check_classes_present, check_disjoint, check_rows, check_same_shape
+from adamix.rows import (
+    Rows,
+    UserRows,
+    check_classes_present,
+    check_disjoint,
+    check_private_rows,
+    check_rows,
+    check_same_shape,
+)
 from adamix_kernels import Noise
 
 #: Rows as callers give them: a pair of tensors or arrays, features `[N, ...]` and class numbers `[N]`.
 RowsLike = tuple[Any, Any]
+#: Private rows may be a triple: whose rows they are besides, integers `[N]`.
+PrivateRowsLike = RowsLike | tuple[Any, Any, Any]
 
 
 @dataclass(frozen=True)
@@ -87,7 +97,7 @@ class AdaMix:
         self,
         *,
         public: RowsLike,
-        private: RowsLike,
+        private: PrivateRowsLike,
         test: RowsLike | None = None,
         on_step: Callable[[Step], None] | None = None,
         ledger: Ledger | str | Path | None = None,
@@ -99,7 +109,9 @@ class AdaMix:
 
         Args:
             public: rows whose use costs nothing; every class has some.
-            private: rows protected by (epsilon, delta); none of them may be among the public or the test ones.
+            private: rows protected by (epsilon, delta); none of them may be among the public or the test ones. With
+                `(X, y, users)` all rows of a user are protected as one: users are sampled, their rows' gradients added
+                before they are clipped, and `expected_batch_size` counts users.
             test: rows to report errors on; used for nothing else, and not protected.
             on_step: called after each private step with what may be published about it.
             ledger: of the private rows, open or as a path: each step is charged in it before its batch and noise are
@@ -121,9 +133,9 @@ class AdaMix:
         public = check_rows("public", public, **kept)
         classes = self._classes(public)
         public = check_rows("public", public, classes, **kept)
-        private = check_rows("private", private, classes, allow_empty=True, **kept)
+        private = check_private_rows(private, classes, **kept)
         test = None if test is None else check_rows("test", test, classes, **kept)
-        check_same_shape("private", private, public)
+        check_same_shape("private", Rows(private.x, private.y), public)
         if test is not None:
             check_same_shape("test", test, public)
         check_classes_present(public.y, classes)
@@ -136,9 +148,12 @@ class AdaMix:
         head = _zero_head(public.x, classes) if self.model is None else self.model
         view = trainable(head)
         fixed = fixed_parts(view, public, classes)
-        with recording(config, ledger, checkpoint, every=checkpoint_every, resume=resume, fixed=fixed) as recorder:
-            view.check(_within(geometry, public), classes)
-            return self._train(recorder, view, geometry, Rows(*public), Rows(*private), test, on_step)
+        unit = "user" if isinstance(private, UserRows) else "record"
+        with recording(
+            config, ledger, checkpoint, every=checkpoint_every, resume=resume, fixed=fixed, unit=unit
+        ) as recorder:
+            view.check(public._replace(x=_within(geometry, public.x)), classes)
+            return self._train(recorder, view, geometry, Rows(*public), private, test, on_step)
 
     def _train(
         self,
@@ -146,13 +161,14 @@ class AdaMix:
         view: Trainable,
         geometry: nn.Module | None,
         public: Rows,
-        private: Rows,
+        private: Rows | UserRows,
         test: Rows | None,
         on_step: Callable[[Step], None] | None,
     ) -> Result:
         config, saved = recorder.config, recorder.saved
         model = view.module if geometry is None else nn.Sequential(geometry, view.module)
-        inside_public, inside_private = _within(geometry, public), _within(geometry, private)
+        inside_public = public._replace(x=_within(geometry, public.x))
+        inside_private = private._replace(x=_within(geometry, private.x))
         if saved is None:
             start = view.weights()
             fit_public(view, inside_public, l2=config.public_l2, steps=config.public_steps)
@@ -224,8 +240,9 @@ def _zero_head(x: Tensor, classes: int) -> nn.Linear:
     return head
 
 
-def _within(geometry: nn.Module | None, rows: Rows) -> Rows:
+def _within(geometry: nn.Module | None, x: Tensor) -> Tensor:
     if geometry is None:
-        return rows
+        return x
     with torch.no_grad():
-        return Rows(geometry(rows.x), rows.y)
+        placed: Tensor = geometry(x)
+    return placed
