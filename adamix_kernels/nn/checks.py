@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -42,7 +42,7 @@ def check_settings(
     ):
         if not isinstance(number, int | float) or isinstance(number, bool):
             raise TypeError(f"{name}: is {type(number).__name__}; pass a number")
-        if not (math.isfinite(number) and (number > 0 or number == least)):
+        if not (number <= sys.float_info.max and (number > 0 or number == least)):
             raise ValueError(f"{name}: is {number}; pass a finite number above 0{', or 0' * (least is not None)}")
 
 

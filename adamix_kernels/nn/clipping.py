@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -47,7 +48,7 @@ def checked(value: Any, strategy: str, layers: set[str], bounded: bool) -> Limit
 def _number(value: Any, name: str, bounded: bool) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise TypeError(f"{name}: is {type(value).__name__}; pass a number, a scalar tensor, or a dict by layer")
-    if not value > 0 or (bounded and math.isinf(value)):
+    if not value > 0 or (value > sys.float_info.max and (bounded or value != math.inf)):
         raise ValueError(f"{name}: is {value}; pass a {'finite ' * bounded}number above 0")
     return float(value)
 
