@@ -23,7 +23,7 @@ def add_audit(commands: Commands) -> None:
     )
     parser.add_argument("--steps", type=int, default=5, help="private steps of each run")
     parser.add_argument("--sample-rate", type=float, default=0.2, help="of the Poisson batches")
-    parser.add_argument("--confidence", type=float, default=0.999, help="of each bound")
+    parser.add_argument("--confidence", type=float, default=0.999, help="of all bounds together")
 
 
 def run_audit(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -60,7 +60,9 @@ def run_audit(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _show(console: Console, report: Report) -> None:
-    bounds = Table(title=f"epsilon at delta {report.delta:g}, bounds at {100 * report.confidence:g} % confidence")
+    bounds = Table(
+        title=f"epsilon at delta {report.delta:g}, bounds at {100 * report.confidence:g} % confidence together"
+    )
     for column in ("", "canaries", "claimed", "theory", "lower bound", "any mechanism", "verdict"):
         bounds.add_column(column, justify="left" if column in ("", "verdict") else "right")
     for row in report.rows:

@@ -85,7 +85,7 @@ def audit(
         steps: of each run, composed.
         sample_rate: of the Poisson batches, in (0, 1).
         strategy: of the engine.
-        confidence: of each row's bounds.
+        confidence: that no bound of an honest mechanism is above its budget; all rows share the error.
         seed: None draws membership and noise from the operating system. A number repeats the rows, for tests.
         on_part: called with the name of what begins.
 
@@ -94,7 +94,8 @@ def audit(
     """
     _check_arguments(epsilons, delta, canaries, steps, sample_rate, confidence)
     tell = on_part or (lambda _: None)
-    plan = Plan(delta, steps, canaries, confidence, strategy, np.random.default_rng(seed), seed)
+    of_each = 1 - (1 - confidence) / (4 * len(epsilons))
+    plan = Plan(delta, steps, canaries, of_each, strategy, np.random.default_rng(seed), seed)
     rows = []
     for rate, batches in ((1.0, "full"), (sample_rate, f"Poisson {sample_rate:g}")):
         for epsilon in epsilons:
@@ -107,7 +108,7 @@ def audit(
 
 @dataclass(frozen=True)
 class Plan:
-    """The settings that all rows share."""
+    """The settings that all rows share; `confidence` is that of one row."""
 
     delta: float
     steps: int

@@ -67,6 +67,7 @@ def test_the_checks_hold() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:noise_seed")
 def test_the_whole_audit() -> None:
     report = audit(canaries=1_000_000, seed=3)
     assert not report.failures
