@@ -116,6 +116,8 @@ def _setting(r: Random, name: str, classes: int) -> Any:  # noqa: PLR0911  a tab
         return r.choice({"rank": [None, 1, 3, 100], "energy": [None, 0.5, 1.0], "padding_idx": [None, 0]}[name])
     if name == "num_embeddings":
         return classes + r.choice([0, 0, 7])
+    if name == "grid":  # some fit the threshold
+        return 2.0 ** r.choice([-24, -24, -20, r.randrange(-90, 40)])
     if name == "method":
         return r.choice(["auto", "gram", "direct"])
     assert name == "bias", f"the fuzzer knows no value for the argument {name!r}: add one here"
