@@ -52,12 +52,12 @@ def copy_of_source(folder: Path) -> Path:
     return folder
 
 
-def check(folder: Path, nodes: Sequence[str]) -> int:
+def check(folder: Path, nodes: Sequence[str], patience: float = _PATIENCE) -> int:
     """Exit code of pytest in the copy: 0 if the checks pass, 1 if one fails; -1 if they never end."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *nodes]
     environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
     try:
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, timeout=_PATIENCE, check=False)
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, timeout=patience, check=False)
     except subprocess.TimeoutExpired:
         return -1
     return done.returncode
@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for number in range(arguments.jobs):
             free.put(copy_of_source(Path(scratch) / str(number)))
         nodes = sorted({node for mutant in chosen for node in mutant.checks})
-        if code := check(Path(scratch) / "0", nodes):
+        if code := check(Path(scratch) / "0", nodes, patience=10 * _PATIENCE):
             print(f"the checks do not pass on the source as it is (pytest ended with {code}): nothing can be said")
             return 1
 
