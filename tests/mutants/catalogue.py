@@ -80,8 +80,8 @@ NOISE_MUTANTS = [
     Mutant(
         "an empty batch is skipped",
         ENGINE,
-        "            if self.noise_multiplier and sums:",
-        "            if self.noise_multiplier and any(float(s.abs().sum()) for s in sums):",
+        "        if self.noise_multiplier and sums:",
+        "        if self.noise_multiplier and any(float(s.abs().sum()) for s in sums):",
         (AUDIT_CHECKS,),
     ),
     Mutant(
@@ -144,8 +144,8 @@ NOISE_MUTANTS = [
     Mutant(
         "the trainer's noise has a fixed key",
         TRAINER,
-        "noise = Noise(config.noise_seed, config.noise_mode)",
-        "noise = Noise(config.noise_seed or 0)",
+        "Noise(config.noise_seed, config.noise_mode)",
+        "Noise(config.noise_seed or 0)",
         (AUDIT_CHECKS,),
     ),
 ]
@@ -360,8 +360,8 @@ LOOP_MUTANTS = [
     Mutant(
         "one step more than is accounted for",
         PHASE,
-        "for number in range(1, config.steps + 1):",
-        "for number in range(config.steps + 1):",
+        "for number in range(finished + 1, (config.steps if last is None else last) + 1):",
+        "for number in range(finished, (config.steps if last is None else last) + 1):",
         (f"{PHASES}::test_a_fixed_threshold_stays", PHASES),
     ),
     Mutant(
@@ -398,8 +398,8 @@ ACCOUNTING_MUTANTS = [
     Mutant(
         "accountant off by a factor: steps are not composed",
         PRIVACY,
-        "get_epsilon_gaussian(noise_multiplier / math.sqrt(steps), delta)",
-        "get_epsilon_gaussian(noise_multiplier, delta)",
+        "sigma = noise_multiplier / math.sqrt(steps)",
+        "sigma = noise_multiplier",
         (f"{PRIVACY_TESTS}::test_full_batch_is_exactly_gaussian",),
     ),
     Mutant(
@@ -419,8 +419,8 @@ ACCOUNTING_MUTANTS = [
     Mutant(
         "epsilon of full batches at ten times delta",
         PRIVACY,
-        "math.sqrt(steps), delta))",
-        "math.sqrt(steps), 10 * delta))",
+        "get_epsilon_gaussian(sigma, delta)",
+        "get_epsilon_gaussian(sigma, 10 * delta)",
         (f"{PRIVACY_TESTS}::test_full_batch_is_exactly_gaussian",),
     ),
     Mutant(
@@ -432,11 +432,9 @@ ACCOUNTING_MUTANTS = [
     ),
     Mutant(
         "full batches reported as Poisson ones",
-        TRAINER,
-        "        epsilons = spent_by_step(\n"
-        "            noise_multiplier, delta=config.delta, steps=config.steps, sample_rate=config.sample_rate\n",
-        "        epsilons = spent_by_step(\n"
-        "            noise_multiplier, delta=config.delta, steps=config.steps, sample_rate=0.5 * config.sample_rate\n",
+        "adamix/recorder.py",
+        "steps=self._charged, sample_rate=self.config.sample_rate",
+        "steps=self._charged, sample_rate=0.5 * self.config.sample_rate",
         (TRAINER_TESTS,),
     ),
 ]

@@ -210,7 +210,9 @@ def test_metrics_tell_signal_and_norms() -> None:
         dp = engine(classifier(), noise=Noise(mode=mode), noise_multiplier=1.0, measure_signal=True)
         run(dp, batch())
         step(dp)
-        found.append((dp.metrics().signal_to_noise, dp.metrics().clipped_fraction, dp.metrics().norms))
+        metrics = dp.metrics()
+        values = metrics.signal_to_noise, metrics.clipped_fraction, metrics.norms
+        found.append(tuple(value.reveal() for value in values))
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-5) and found[1][1] == found[0][1]
     torch.testing.assert_close(found[1][2], found[0][2], rtol=1e-4, atol=0.0)
 
