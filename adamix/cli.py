@@ -25,8 +25,9 @@ from adamix.config import Config
 from adamix.data import DEFAULT_SOURCE, Split, load_split
 from adamix.datasets import BENCHMARKS
 from adamix.errors import InputError
+from adamix.private_metrics import PrivateMetrics
 from adamix.report import check_out, write_run
-from adamix.rows import Rows
+from adamix.rows import UserRows
 from adamix.storage import one_line
 from adamix.trainer import AdaMix, Result
 
@@ -54,6 +55,12 @@ def add_train(commands: Commands) -> None:
     parser.add_argument("--compare", action="store_true", help="also train without privacy (outside the guarantee)")
     parser.add_argument("--out", help="new folder for config, metrics, weights and plot")
     add_ledger_flags(parser)
+    parser.add_argument(
+        "--log-private-metrics",
+        action="store_true",
+        help="also write loss, accuracy and clipped fraction of the private rows, without noise, to "
+        "OUT/PRIVATE_metrics.jsonl (outside the guarantee)",
+    )
     settings = parser.add_argument_group("settings")
     described = _settings_help()
     for field in dataclasses.fields(Config):
@@ -93,6 +100,8 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     """Run AdaMix once and show what it gained."""
     if arguments.out is not None:
         check_out(arguments.out)
+    elif arguments.log_private_metrics:
+        raise InputError("log_private_metrics: there is no folder to write to; pass --out")
     check_ledger_flags(arguments)
     device = _device(arguments.device)
     settings = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Config)}
@@ -114,6 +123,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
         settings["expected_batch_size"] = _expected_batch_size(split, settings["sample_rate"])
     trainer = AdaMix(**settings)
     make_new_ledger(arguments)
+    seen: list[PrivateMetrics] = []
     with progress_bar() as progress:
         task = progress.add_task("private steps", total=trainer.config.steps)
         result = trainer.fit(
@@ -125,6 +135,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
             checkpoint=arguments.checkpoint,
             checkpoint_every=arguments.checkpoint_every,
             resume=arguments.resume,
+            private_metrics=seen.append if arguments.log_private_metrics else None,
         )
     summary = summarise(result, split, arguments.seed)
     if split.benchmark or arguments.compare:
@@ -136,7 +147,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     console = console_of(arguments)
     _show_run(console, summary, split)
     if arguments.out is not None:
-        write_run(arguments.out, result, summary)
+        write_run(arguments.out, result, summary, seen)
         console.print(f"Run folder: {arguments.out}", markup=False)
     return summary
 
@@ -152,8 +163,9 @@ def _device(name: str | None) -> torch.device:
 
 def _to_device(split: Split, device: torch.device) -> Split:
     moved: dict[str, Any] = {
-        name: Rows(*(t.to(device) for t in getattr(split, name)))
+        name: type(rows)(*(t.to(device) for t in rows))
         for name in ("public", "private", "validation", "test")
+        for rows in [getattr(split, name)]
     }
     return dataclasses.replace(split, **moved)
 
@@ -162,7 +174,7 @@ def _expected_batch_size(split: Split, sample_rate: float) -> int:
     if split.expected_batch_size is None:
         raise InputError(
             "expected_batch_size: missing; for your own rows pass --expected-batch-size, a figure that may be public "
-            "(the planned number of private rows per step), because a count of the private rows is itself private"
+            "(the planned number of private rows, or users, per step), because a count of them is itself private"
         )
     return max(1, round(split.expected_batch_size * sample_rate))
 
@@ -176,6 +188,7 @@ def summarise(result: Result, split: Split, seed: int) -> dict[str, Any]:
         "public_error": result.public_error,
         "epsilon": result.epsilon,
         "delta": result.delta,
+        "unit": "user" if isinstance(split.private, UserRows) else "record",
         "noise_multiplier": result.noise_multiplier,
         "steps": len(result.steps),
         "seed": seed,
@@ -199,7 +212,8 @@ def _show_run(console: Console, summary: dict[str, Any], split: Split) -> None:
         table.add_row("without privacy (paragon)", f"{summary['paragon_error']:.2f}", "inf", "-")
     console.print(table)
     console.print(
-        f"noise multiplier {summary['noise_multiplier']:.4g}, {summary['steps']} steps. Data: {split.source}.",
+        f"noise multiplier {summary['noise_multiplier']:.4g}, {summary['steps']} steps, "
+        f"one {summary['unit']} protected. Data: {split.source}.",
         markup=False,
     )
     if "ledger_epsilon" in summary:

@@ -49,7 +49,8 @@ def load_split(
 
     For user data `shots` keeps that many public rows per class, and all private rows are used. An .npz file may also
     have one string per row that tells equal images (`adamix features` writes it): digests beside X, and
-    digests_public, ... beside X_public, ...
+    digests_public, ... beside X_public, ... With integers `users` (`users_private` beside X_private), one per private
+    row, all rows of a user are protected together.
     Raises InputError for anything missing, malformed or contradictory, for a class without public rows, and for a row
     of user data that is private and also public or a test row: by the digests where both sets have them, and by x.
     """

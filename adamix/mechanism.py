@@ -112,9 +112,9 @@ class Mechanism:
 
 def clipped_sums(model: Trainable, rows: Rows | UserRows, thresholds: Tensor, basis: Tensor | None) -> list[Tensor]:
     """The sums before noise, float64, one per threshold. Private: for `Mechanism.release` and its tests alone."""
-    parts, width = _parts(model, len(thresholds), basis)
+    parts, width = parts_of(model, len(thresholds), basis)
     sums = [torch.zeros(width, dtype=torch.float64, device=rows.x.device)[part] for part in parts]
-    for coordinates in _contributions(model, rows, basis):
+    for coordinates in contributions(model, rows, basis):
         for total, part, threshold in zip(sums, parts, thresholds, strict=True):
             own = coordinates[:, part]
             total.add_(clip_sum(own, clip_coef(grad_norm_sq(own), threshold)))
@@ -125,22 +125,22 @@ def integer_sums(
     model: Trainable, rows: Rows | UserRows, limits: list[float], grids: list[float], basis: Tensor | None
 ) -> list[Tensor]:
     """The same in whole multiples of each threshold's grid, int64: exact for as many rows as memory holds."""
-    parts, width = _parts(model, len(limits), basis)
+    parts, width = parts_of(model, len(limits), basis)
     sums = [torch.zeros(width, dtype=torch.int64, device=rows.x.device)[part] for part in parts]
-    for coordinates in _contributions(model, rows, basis):
+    for coordinates in contributions(model, rows, basis):
         for total, part, limit, grid in zip(sums, parts, limits, grids, strict=True):
             own = coordinates[:, part]
             total.add_(grid_clip_sum(own, clip_coef(grad_norm_sq(own), limit), limit, grid))
     return sums
 
 
-def _parts(model: Trainable, count: int, basis: Tensor | None) -> tuple[list[slice], int]:
+def parts_of(model: Trainable, count: int, basis: Tensor | None) -> tuple[list[slice], int]:
     """Which of the coordinates each of `count` thresholds is for, and how many there are."""
     width = model.size if basis is None else len(basis)
     return (model.layers if count == len(model.layers) > 1 else [slice(0, width)]), width
 
 
-def _contributions(model: Trainable, rows: Rows | UserRows, basis: Tensor | None) -> Iterable[Tensor]:
+def contributions(model: Trainable, rows: Rows | UserRows, basis: Tensor | None) -> Iterable[Tensor]:
     """What is clipped, in chunks `[b, P]` or `[b, K]`: gradients of rows, or their sums by user."""
     ordered = sorted_by_user(rows) if isinstance(rows, UserRows) else rows
     plain = Rows(ordered.x, ordered.y)

@@ -22,6 +22,7 @@ from scipy import optimize
 from adamix.config import Config
 from adamix.errors import InputError
 from adamix_kernels import SamplingEvent
+from adamix_kernels.ops.noise import warn_if_fast
 
 #: The least noise multiplier for which Poisson batches are accounted as such.
 _LEAST = 0.5
@@ -189,7 +190,7 @@ def calibrate(epsilon: float, *, delta: float, steps: int, sample_rate: float = 
     """The smallest noise multiplier, rounded up, with which `steps` steps cost at most `epsilon` at `delta`.
 
     With full batches `spent` of it is within 1e-6 of `epsilon`, never above. With very small sample rates, where less
-    noise than the threshold would do, it may be larger than needed.
+    noise than half the threshold would do, it may be larger than needed.
 
     Raises:
         InputError: names the argument that is no number, or out of range.
@@ -207,13 +208,13 @@ def calibrate(epsilon: float, *, delta: float, steps: int, sample_rate: float = 
     def excess(noise_multiplier: float) -> float:
         return spent(noise_multiplier, delta=delta, steps=steps, sample_rate=sample_rate) - epsilon
 
-    # `full` is an upper end; the lower one is found by halving.
-    high = full
-    while high / 2 >= _LEAST and excess(high / 2) <= 0:
-        high /= 2
-    if high / 2 < _LEAST:
+    # `full` is an upper end; the lower one is found by halving, down to where sampling is no longer accounted for.
+    low = high = full
+    while high > _LEAST and excess(low := max(high / 2, _LEAST)) <= 0:
+        high = low
+    if high <= _LEAST:
         return high
-    found, growth = _round_up(float(optimize.brentq(excess, high / 2, high, rtol=1e-8))), 1e-8
+    found, growth = _round_up(float(optimize.brentq(excess, low, high, rtol=1e-8))), 1e-8
     while excess(found) > 0 and found < high:
         found, growth = min(high, _round_up(found * (1 + growth))), 2 * growth
     return found
@@ -229,6 +230,8 @@ def warn_if_weak(config: Config) -> None:
     """Say loudly what a reader of the result must know."""
     if math.isinf(config.epsilon):
         warnings.warn("epsilon: inf, so NO NOISE is added: the result has no privacy guarantee", stacklevel=3)
+    else:
+        warn_if_fast(config.noise_mode, stacklevel=3)
     if config.delta >= 1 / config.private_rows:
         warnings.warn(
             f"delta: {config.delta:g} is at least 1/N for N = {config.private_rows:g} private rows; a mechanism that "

@@ -1,6 +1,6 @@
 """How a step sees the private rows: computed without noise, so outside the guarantee, and only where asked for by name.
 
-Nothing else in this package reads private rows but `Mechanism`; nothing here has an effect on training.
+Nothing else in this package reads private rows but `adamix.mechanism`; nothing here has an effect on training.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from adamix.mechanism import contributions, parts_of
 from adamix.models import Trainable, _generators_kept
-from adamix.rows import Rows
+from adamix.rows import Rows, UserRows
 from adamix_kernels import Private, grad_norm_sq
 
 WARNING = (
@@ -28,7 +29,7 @@ class PrivateMetrics:
     """Of all private rows, at the weights that step `number` starts from. The values are marked as `Private`.
 
     `loss` mean cross-entropy; `accuracy` and `clipped_fraction` in [0, 1]: of rows that are classified well, and of
-    rows with a gradient above the threshold (one of the thresholds). NaN without rows.
+    rows, or users, with a gradient above the threshold (one of the thresholds). NaN without rows.
     """
 
     number: int
@@ -43,7 +44,7 @@ class PrivateMetrics:
 
 
 def private_metrics(
-    number: int, model: Trainable, rows: Rows, thresholds: Tensor, basis: Tensor | None = None
+    number: int, model: Trainable, rows: Rows | UserRows, thresholds: Tensor, basis: Tensor | None = None
 ) -> PrivateMetrics:
     """Measure the private `rows`, as `Mechanism.release` is about to see them.
 
@@ -54,10 +55,10 @@ def private_metrics(
         thresholds: `[L]` one per layer of the model, or `[1]`.
         basis: orthonormal `[K, P]` if clipping takes place in these coordinates.
     """
-    width = model.size if basis is None else len(basis)
-    parts = model.layers if len(thresholds) == len(model.layers) > 1 else [slice(0, width)]
-    clipped = 0
-    for coordinates in model.grad_sample(rows) if basis is None else model.coordinates(rows, basis):
+    parts, _ = parts_of(model, len(thresholds), basis)
+    clipped, units = 0, 0
+    for coordinates in contributions(model, rows, basis):
+        units += len(coordinates)
         norm_sq = torch.stack([grad_norm_sq(coordinates[:, part]) for part in parts])
         clipped += int((norm_sq.double().sqrt() > thresholds.double()[:, None]).any(0).sum())
     loss, right = 0.0, 0
@@ -72,7 +73,7 @@ def private_metrics(
         number,
         _mean("private loss", loss, len(rows.y)),
         _mean("private accuracy", right, len(rows.y)),
-        _mean("private clipped_fraction", clipped, len(rows.y)),
+        _mean("private clipped_fraction", clipped, units),
     )
 
 

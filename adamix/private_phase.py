@@ -11,6 +11,7 @@ from torch import Tensor
 from adamix.config import Config
 from adamix.mechanism import Mechanism
 from adamix.models import Trainable
+from adamix.private_metrics import PrivateMetrics, private_metrics
 from adamix.rows import Rows, UserRows
 from adamix.schedule import make_schedule, public_norms
 from adamix_kernels import project, subspace_basis
@@ -45,6 +46,7 @@ def private_phase(
     finished: int = 0,
     weights: Tensor | None = None,
     last: int | None = None,
+    on_private: Callable[[PrivateMetrics], None] | None = None,
 ) -> Iterator[Step]:
     """Run phase 2, updating `model` in place; yields after each step.
 
@@ -57,6 +59,7 @@ def private_phase(
         finished: steps taken before, after which the weights were `weights` `[P]`. The model must still have those
             that phase 2 began with, on which the step sizes rest.
         last: the number of the last step; None: `config.steps`.
+        on_private: called before each release with what is outside the guarantee.
     """
     schedule = make_schedule(model, public, start, config, mechanism.noise_multiplier)
     if weights is not None:
@@ -73,6 +76,8 @@ def private_phase(
             norm_sq = project(grads, basis).double().square().sum(1)[None].float()
         thresholds = schedule.thresholds(norm_sq, config)
         charge()
+        if on_private is not None:
+            on_private(private_metrics(number, model, private, thresholds, basis))
         released = mechanism.release(model, mechanism.sample(private, config.sample_rate), thresholds, basis)
 
         tau = float(thresholds.double().square().sum().sqrt())

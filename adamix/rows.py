@@ -43,7 +43,7 @@ class Split:
     benchmark: bool  # True only for the built-in public benchmark sets: every row is already public knowledge
     class_names: tuple[str, ...]
     public: Rows
-    private: Rows
+    private: Rows | UserRows
     validation: Rows  # may have 0 rows
     test: Rows
     expected_batch_size: int | None  # a PUBLIC constant: the private size of a benchmark; None for user data

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from adamix.ledger import Ledger
 from adamix.mechanism import Mechanism
 from adamix.models import Trainable, error_rate, trainable
 from adamix.privacy import warn_if_weak
+from adamix.private_metrics import WARNING, PrivateMetrics
 from adamix.private_phase import Step, private_phase
 from adamix.public_phase import fit_public
 from adamix.recorder import Recorder, fixed_parts, recording
@@ -29,7 +31,7 @@ from adamix.rows import (
     check_rows,
     check_same_shape,
 )
-from adamix_kernels import Noise
+from adamix_kernels import Noise, OutsideGuaranteeWarning
 
 #: Rows as callers give them: a pair of tensors or arrays, features `[N, ...]` and class numbers `[N]`.
 RowsLike = tuple[Any, Any]
@@ -104,6 +106,7 @@ class AdaMix:
         checkpoint: str | Path | None = None,
         checkpoint_every: int = 1,
         resume: bool = False,
+        private_metrics: Callable[[PrivateMetrics], None] | None = None,
     ) -> Result:
         """Run both phases.
 
@@ -120,6 +123,8 @@ class AdaMix:
             checkpoint_every: steps between two checkpoints; so many at most are lost, and charged again.
             resume: go on after the last checkpoint, with fresh noise. The settings, the model and the rows must be the
                 same, but `steps` may be fewer. The interrupted steps have to fit the budget a second time.
+            private_metrics: called in each step with loss, accuracy and clipped fraction of the private rows, which
+                are OUTSIDE THE GUARANTEE; `reveal()` reads them.
 
         Raises:
             InputError: rows of wrong shape or type, NaN or Inf, labels outside the public classes, a class without
@@ -143,6 +148,8 @@ class AdaMix:
         if test is not None:
             check_disjoint(private.x, test.x, ("private", "test"))
         warn_if_weak(config)
+        if private_metrics is not None:
+            warnings.warn(WARNING, OutsideGuaranteeWarning, stacklevel=2)
 
         geometry = Whiten(public.x, public.y) if config.geometry == "whiten" else None
         head = _zero_head(public.x, classes) if self.model is None else self.model
@@ -153,7 +160,7 @@ class AdaMix:
             config, ledger, checkpoint, every=checkpoint_every, resume=resume, fixed=fixed, unit=unit
         ) as recorder:
             view.check(public._replace(x=_within(geometry, public.x)), classes)
-            return self._train(recorder, view, geometry, Rows(*public), private, test, on_step)
+            return self._train(recorder, view, geometry, Rows(*public), private, test, on_step, private_metrics)
 
     def _train(
         self,
@@ -164,6 +171,7 @@ class AdaMix:
         private: Rows | UserRows,
         test: Rows | None,
         on_step: Callable[[Step], None] | None,
+        on_private: Callable[[PrivateMetrics], None] | None,
     ) -> Result:
         config, saved = recorder.config, recorder.saved
         model = view.module if geometry is None else nn.Sequential(geometry, view.module)
@@ -196,6 +204,7 @@ class AdaMix:
             finished=len(recorder.steps),
             weights=None if saved is None else saved.weights.to(public.x.device),
             last=recorder.last,
+            on_private=on_private,
         ):
             recorder.finish_step(step, view)
             if on_step is not None:

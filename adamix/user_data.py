@@ -19,6 +19,7 @@ from adamix.rows import (
     check_classes_present,
     check_disjoint,
     check_no_overlap,
+    check_private_rows,
     check_rows,
     check_same_shape,
     rank_in_class,
@@ -27,7 +28,7 @@ from adamix.rows import (
 from adamix.storage import read_npz
 
 _SETS = ("public", "private", "test", "validation")
-_OTHER_KEYS = {"X", "y", "digests", "Xt", "yt", "class_names"}
+_OTHER_KEYS = {"X", "y", "digests", "Xt", "yt", "class_names", "users", "users_private"}
 
 
 class Part(NamedTuple):
@@ -37,6 +38,7 @@ class Part(NamedTuple):
     y: Any
     class_names: tuple[str, ...] | None  # None: labels are plain numbers
     digests: Sequence[str] | None  # one per row; None: the file has none
+    users: Any = None  # of private rows only: one number per row; None: records are protected
 
 
 def load_source(path: Path, shots: int | None, seed: int, images: Mapping[str, Any]) -> dict[str, Part]:
@@ -66,6 +68,11 @@ def load_source(path: Path, shots: int | None, seed: int, images: Mapping[str, A
                 f"shots: not given, and {path} has X, y without a public part; some rows must be declared public: "
                 "pass shots (that many rows per class), or write X_public, y_public, X_private, y_private"
             )
+        if "users" in arrays:
+            raise InputError(
+                f"{path}: users beside X, y without a public part; rows drawn as public could be those of a protected "
+                "user: write X_public, y_public, X_private, y_private, users_private"
+            )
         pool = check_rows(f"{path}: X, y", (arrays["X"], arrays["y"]))
         picked = _pick_public(pool, shots, seed)
         arrays["X_public"], arrays["y_public"] = pool.x[picked], pool.y[picked]
@@ -74,11 +81,14 @@ def load_source(path: Path, shots: int | None, seed: int, images: Mapping[str, A
             split = np.array(digests)
             arrays["digests_public"], arrays["digests_private"] = split[picked.numpy()], split[~picked.numpy()]
     _need(str(path), arrays, [f"{key}_{name}" for name in _SETS[:3] for key in "Xy"] + optional)
-    return {
+    parts = {
         name: Part(arrays[f"X_{name}"], arrays[f"y_{name}"], names, _digests(str(path), arrays, f"_{name}"))
         for name in _SETS
         if f"X_{name}" in arrays
     }
+    if "users" in arrays:
+        raise InputError(f"{path}: users beside X_private; call it users_private")
+    return parts | {"private": parts["private"]._replace(users=arrays.get("users_private"))}
 
 
 def load_part(name: str, path: Path, images: Mapping[str, Any]) -> Part:
@@ -92,9 +102,15 @@ def load_part(name: str, path: Path, images: Mapping[str, Any]) -> Part:
         return Part(features.x, features.y, features.class_names, features.digests)
     if path.suffix != ".npz":
         raise InputError(f"{name}: {str(path)!r} is neither a folder nor an .npz file; check the path")
-    arrays = read_npz(path, f"{name}: {path}", ("X", "y", "class_names", "digests"))
+    arrays = read_npz(path, f"{name}: {path}", ("X", "y", "class_names", "digests", "users"))
     _need(f"{name}: {path}", arrays, ["X", "y"])
-    return Part(arrays["X"], arrays["y"], _class_names(f"{name}: {path}", arrays), _digests(f"{name}: {path}", arrays))
+    return Part(
+        arrays["X"],
+        arrays["y"],
+        _class_names(f"{name}: {path}", arrays),
+        _digests(f"{name}: {path}", arrays),
+        arrays.get("users") if name == "private" else None,
+    )
 
 
 def _need(name: str, arrays: Mapping[str, Any], keys: list[str]) -> None:
@@ -143,7 +159,7 @@ def assemble(origin: Path, parts: Mapping[str, Part], shots: int | None, seed: i
     # Without names the public labels alone say how many classes there are: the private rows must not.
     classes = int(public.y.max()) + 1 if names is None else len(names)
     check_classes_present(public.y, classes, names)
-    rows = {"public": public}
+    rows: dict[str, Any] = {"public": public}
     rows |= {name: _match(name, part, names, classes) for name, part in parts.items() if name != "public"}
     rows.setdefault("validation", Rows(public.x[:0], public.y[:0]))
     for name, other in rows.items():
@@ -159,6 +175,8 @@ def assemble(origin: Path, parts: Mapping[str, Part], shots: int | None, seed: i
             raise InputError(f"shots: {shots} given, but a class has {fewest} public rows; ask for fewer")
         keep = _pick_public(public, shots, seed)
         rows["public"] = Rows(public.x[keep], public.y[keep])
+    if parts["private"].users is not None:
+        rows["private"] = check_private_rows((*rows["private"], parts["private"].users), classes)
     return Split(
         name=origin.stem,
         source=f"user data from {origin}; licence not stated",

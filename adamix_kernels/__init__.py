@@ -23,7 +23,7 @@ from adamix_kernels.ops.grid import grid_clip_sum, grid_for, grid_release
 from adamix_kernels.ops.head import HeadSum, softmax_head_clip_sum_noise
 from adamix_kernels.ops.head_variants import MixedHeadSum, softmax_head_coordinates, softmax_head_mixed_sum
 from adamix_kernels.ops.linear import LinearSum, linear_clip_sum, linear_norm_sq
-from adamix_kernels.ops.noise import Noise, add_gaussian_noise_
+from adamix_kernels.ops.noise import FastNoiseWarning, Noise, add_gaussian_noise_
 from adamix_kernels.ops.norm import grad_norm_sq
 from adamix_kernels.ops.quantile import norm_quantile
 from adamix_kernels.ops.scale_shift import ScaleShiftSum, scale_shift_clip_sum, scale_shift_norm_sq
@@ -38,6 +38,7 @@ __all__ = [
     "ConvGrad",
     "ConvSum",
     "DPEngine",
+    "FastNoiseWarning",
     "HeadSum",
     "LinearSum",
     "MixedHeadSum",

@@ -36,7 +36,7 @@ from adamix_kernels.nn.secure import GridSums
 from adamix_kernels.nn.users import Users
 from adamix_kernels.nn.validate import validate
 from adamix_kernels.ops._numerics import sum_dtype
-from adamix_kernels.ops.noise import Noise, add_gaussian_noise_
+from adamix_kernels.ops.noise import Noise, add_gaussian_noise_, warn_if_fast
 
 
 class DPEngine:
@@ -115,6 +115,8 @@ class DPEngine:
         self.clipping, self.loss_reduction, self.loss_scale = clipping, loss_reduction, float(loss_scale)
         self.joint_forwards, self.measure_signal = joint_forwards, measure_signal
         self.noise = Noise() if noise is None else noise
+        if noise_multiplier:
+            warn_if_fast(self.noise.mode, stacklevel=2)
         self._grid = GridSums(self) if self.noise.mode == "secure" else None
         self._users = Users() if unit == "user" else None
         self.steps = 0

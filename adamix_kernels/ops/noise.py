@@ -10,6 +10,7 @@ import hashlib
 import math
 import os
 import threading
+import warnings
 from typing import Any, ClassVar, NoReturn
 
 import torch
@@ -22,6 +23,21 @@ from adamix_kernels.spec import Case, Cost, Out, define_op
 
 #: Normals made at a time: bounds the memory of the integer words.
 _CHUNK = 1 << 20
+
+
+class FastNoiseWarning(UserWarning):
+    """Data are about to be protected by noise of mode "fast"."""
+
+
+def warn_if_fast(mode: str, *, stacklevel: int) -> None:
+    """Said where training starts, by Python's own filter once for each line that starts it."""
+    if mode == "fast":
+        warnings.warn(
+            'noise: mode "fast" is not hardened against attacks on floating point or on its generator; for releases '
+            'that must be, use mode "secure"',
+            FastNoiseWarning,
+            stacklevel=stacklevel + 1,
+        )
 
 
 class Noise:

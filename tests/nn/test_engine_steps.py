@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from itertools import pairwise
 from typing import Any
 
@@ -13,9 +14,23 @@ import torch.nn.functional as F
 from plain_loop import STRATEGIES, assert_same, batch, classifier, clipped, engine, expected, per_sample, run, step
 from torch import Tensor, nn
 
-from adamix_kernels import DPEngine, PrivacyError
+from adamix_kernels import DPEngine, FastNoiseWarning, Noise, PrivacyError
 
 pytestmark = pytest.mark.filterwarnings("ignore::adamix_kernels.OutsideGuaranteeWarning")
+
+
+def test_fast_noise_is_named_where_training_starts() -> None:
+    model = nn.Linear(2, 2)
+    settings = {"max_grad_norm": 1.0, "expected_batch_size": 2}
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.warns(FastNoiseWarning, match='mode "fast" is not hardened') as caught:
+        DPEngine(model, optimizer, noise_multiplier=1.0, **settings).detach()
+    assert [w.filename for w in caught] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        DPEngine(model, optimizer, noise_multiplier=0.0, **settings).detach()
+        DPEngine(model, optimizer, noise_multiplier=1.0, noise=Noise(mode="secure"), **settings).detach()
+
 
 # --- passes that give no gradient ------------------------------------------------------------------------------------
 

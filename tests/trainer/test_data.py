@@ -10,6 +10,7 @@ import torch
 
 from adamix.data import Split, load_split
 from adamix.errors import InputError
+from adamix.rows import Rows, UserRows
 from adamix.storage import read_npz, write_npz
 
 SETS = ("public", "private", "validation", "test")
@@ -118,12 +119,33 @@ def test_declared_public_rows_do_not_depend_on_private_rows(npz):
         ({"X_test": rows()[0].astype(str)}, "test: x has dtype"),
         ({"y_private": np.array([0, 1, "a", 2, 3, 4], object)}, "flowers.npz: key 'y_private' cannot be read as npz"),
         ({"class_names": np.array(["a", "a"])}, "flowers.npz: class_names is .* store distinct strings"),
+        (
+            {"users_private": np.arange(5)},
+            r"private: users has shape \[5\] but y has \[6\]; pass one user number per row",
+        ),
+        ({"users_private": np.arange(6.0)}, "private: users has dtype"),
+        ({"users": np.arange(6)}, "flowers.npz: users beside X_private; call it users_private"),
         ({"class_names": np.array(["a", "b", "c"])}, r"public: 1 of 3 classes have no row: 2 \(c\)"),
     ],
 )
 def test_npz_refuses(npz, changes, message):
     with pytest.raises(InputError, match=message):
         load_split(npz(**split_arrays(**changes)))
+
+
+def test_users_of_private_rows(npz):
+    users = np.array([4, 4, -1, 4, 9, 9])
+    private = load_split(npz(**split_arrays(users_private=users))).private
+    assert isinstance(private, UserRows) and private.users.tolist() == users.tolist()
+    names = {
+        name: npz(f"{name}.npz", X=rows(seed=i)[0], y=rows(seed=i)[1], users=users)
+        for i, name in enumerate(("public", "private", "test"))
+    }
+    split = load_split(**names)
+    assert split.private.users.tolist() == users.tolist() and isinstance(split.test, Rows)
+    x, y = rows(40)
+    with pytest.raises(InputError, match=r"users beside X, y without a public part; .* write X_public"):
+        load_split(npz(X=x, y=y, X_test=rows(seed=1)[0], y_test=rows(seed=1)[1], users=np.arange(40)), shots=2)
 
 
 def test_digests_tell_equal_rows(npz):

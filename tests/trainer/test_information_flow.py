@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import pickle
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,31 @@ def test_measuring_has_no_effect_on_training(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(Mechanism, "release", measure)
     assert run(ONE, settings) == plain and len(measured) == 3
+
+
+def test_the_trainer_gives_them_where_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[PrivateMetrics] = []
+    trainer = AdaMix(epsilon=1.0, expected_batch_size=80, steps=3, noise_seed=0)
+    with pytest.warns(OutsideGuaranteeWarning, match="do not publish") as caught:
+        result = trainer.fit(public=PUBLIC, private=ONE, private_metrics=seen.append)
+    assert [w.filename for w in caught if w.category is OutsideGuaranteeWarning] == [__file__]
+    assert [m.number for m in seen] == [1, 2, 3] and 0.5 < seen[0].accuracy.reveal() < 1
+    plain = AdaMix(epsilon=1.0, expected_batch_size=80, steps=3, noise_seed=0).fit(public=PUBLIC, private=ONE)
+    assert dict(leaves(result)) == dict(leaves(plain))
+
+
+def test_the_command_line_writes_them_where_asked(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    argv = ["train", "--epsilon", "1", "--steps", "2", "--expected-batch-size", "80", "--log-private-metrics"]
+    for name, rows in (("public", PUBLIC), ("private", ONE), ("test", TEST)):
+        np.savez(tmp_path / f"{name}.npz", X=rows.x.numpy(), y=rows.y.numpy())
+        argv += [f"--{name}", str(tmp_path / f"{name}.npz")]
+    assert main(argv) == 2 and "pass --out" in capfd.readouterr().err
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert main([*argv, "--out", str(tmp_path / "run")]) == 0
+    assert "do not publish" in capfd.readouterr().err
+    lines = (tmp_path / "run" / "PRIVATE_metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 2 and json.loads(lines[0]).keys() == {"number", "loss", "accuracy", "clipped_fraction"}
 
 
 def test_they_go_to_a_file_of_their_own(tmp_path: Path) -> None:

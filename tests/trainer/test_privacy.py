@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import dp_accounting
 import pytest
@@ -11,7 +12,7 @@ from scipy import optimize, stats
 
 from adamix.config import Config
 from adamix.privacy import calibrate, dp_event, spent, spent_by_step, spent_on, warn_if_weak
-from adamix_kernels import PoissonSampler, SamplingEvent
+from adamix_kernels import FastNoiseWarning, PoissonSampler, SamplingEvent
 
 
 def gaussian_delta(mu: float, epsilon: float) -> float:
@@ -54,6 +55,12 @@ def test_awkward_poisson_budgets_end_and_hold(epsilon: float, delta: float, step
     assert sigma <= calibrate(epsilon, delta=delta, steps=steps)
 
 
+@pytest.mark.parametrize(("epsilon", "steps", "sample_rate"), [(8.0, 10, 0.2), (8.0, 5, 0.2), (50.0, 10, 0.9)])
+def test_poisson_uses_the_budget_also_with_little_noise(epsilon: float, steps: int, sample_rate: float) -> None:
+    sigma = calibrate(epsilon, delta=1e-5, steps=steps, sample_rate=sample_rate)
+    assert sigma < 1 and epsilon - 1e-4 <= spent(sigma, delta=1e-5, steps=steps, sample_rate=sample_rate) <= epsilon
+
+
 def test_poisson_of_rate_one_is_full_batch() -> None:
     assert spent(5.0, delta=1e-5, steps=10, sample_rate=1.0) == spent(5.0, delta=1e-5, steps=10)
     nearly = spent(5.0, delta=1e-5, steps=10, sample_rate=1 - 1e-9)
@@ -68,6 +75,15 @@ def test_epsilon_grows_step_by_step_to_what_was_spent(sample_rate: float) -> Non
     for step in (1, 7, 50):
         assert epsilons[step - 1] >= spent(6.0, delta=1e-5, steps=step, sample_rate=sample_rate)
     assert epsilons[-1] == spent(6.0, delta=1e-5, steps=50, sample_rate=sample_rate)
+
+
+def test_fast_noise_says_what_it_is_not() -> None:
+    for config in (Config(epsilon=1.0, expected_batch_size=100), Config(epsilon=1.0, expected_batch_size=9, steps=2)):
+        with pytest.warns(FastNoiseWarning, match='noise: mode "fast" is not hardened .* use mode "secure"'):
+            warn_if_weak(config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_if_weak(Config(epsilon=1.0, expected_batch_size=100, noise_mode="secure"))
 
 
 def test_no_noise_is_no_privacy() -> None:
