@@ -156,7 +156,7 @@ CLIPPING_MUTANTS = [
         PASSES,
         "norm_sq = [factors.norm_sq() for _, factors in parts]",
         "norm_sq = [factors.norm_sq() for _, factors in parts[1:] or parts]",
-        (f"{AUDIT_CANARY}[auto]",),
+        (f"{AUDIT_CANARY}[auto-fast]",),
     ),
     Mutant(
         "clipped by the mean norm of the batch",
@@ -170,7 +170,7 @@ CLIPPING_MUTANTS = [
         CLIPPING,
         "return self.value / math.sqrt(max(1, len(self.layers)))",
         "return self.value",
-        (f"{AUDIT_CANARY}[per_layer]",),
+        (f"{AUDIT_CANARY}[per_layer-fast]",),
     ),
     Mutant(
         "threshold changed in place after the backward pass",
@@ -198,7 +198,7 @@ CLIPPING_MUTANTS = [
         ENGINE,
         "return self._scale(max(samples, 1)) * self._divisor",
         "return self._scale(max(samples, 1)) * max(samples, 1)",
-        (f"{AUDIT_CANARY}[auto]",),
+        (f"{AUDIT_CANARY}[auto-fast]",),
     ),
     Mutant(
         "a new expected batch size is taken the wrong way round",
