@@ -1,19 +1,12 @@
-"""Planted bugs, each with the checks that must find it, the likeliest first."""
+"""Planted bugs of training, each with the checks that must find it, the likeliest first; and the list of all."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-
-class Mutant(NamedTuple):
-    """`old` stands exactly once in `file`; with `new` in its place one of `checks` (pytest node ids) must fail."""
-
-    name: str
-    file: str
-    old: str
-    new: str
-    checks: tuple[str, ...]
-
+from catalogue_flow import FLOW_MUTANTS, USER_MUTANTS
+from catalogue_ledger import LEDGER_MUTANTS
+from catalogue_resume import RESUME_MUTANTS
+from catalogue_secure import SECURE_MUTANTS
+from mutant import Mutant
 
 ENGINE = "adamix_kernels/nn/engine.py"
 PASSES = "adamix_kernels/nn/passes.py"
@@ -439,4 +432,14 @@ ACCOUNTING_MUTANTS = [
     ),
 ]
 
-MUTANTS = [*NOISE_MUTANTS, *CLIPPING_MUTANTS, *LOOP_MUTANTS, *ACCOUNTING_MUTANTS]
+MUTANTS = [
+    *NOISE_MUTANTS,
+    *CLIPPING_MUTANTS,
+    *LOOP_MUTANTS,
+    *ACCOUNTING_MUTANTS,
+    *LEDGER_MUTANTS,
+    *RESUME_MUTANTS,
+    *SECURE_MUTANTS,
+    *USER_MUTANTS,
+    *FLOW_MUTANTS,
+]
