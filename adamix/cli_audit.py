@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from adamix.audit import Report, audit
+from adamix.audit.audit import ROWS_PER_EPSILON
 from adamix.cli_common import Commands, add_command, console_of, progress_bar
 
 
@@ -29,7 +30,7 @@ def add_audit(commands: Commands) -> None:
 def run_audit(arguments: argparse.Namespace) -> dict[str, Any]:
     """The report; `failed` lists what failed, and makes the exit code 1."""
     with progress_bar() as progress:
-        task = progress.add_task("auditing", total=4 * len(arguments.epsilon) + 1)
+        task = progress.add_task("auditing", total=ROWS_PER_EPSILON * len(arguments.epsilon) + 1)
 
         def on_part(name: str) -> None:
             progress.update(task, advance=1, description=name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 
@@ -14,10 +15,14 @@ from adamix.audit.checks import Check
 from adamix.errors import InputError
 from adamix.privacy import calibrate
 
-#: Canaries of one run; more are made in several runs. The trainer's rows are as wide as there are of them.
-_ENGINE_RUN, _TRAINER_RUN = 100_000, 1_000
+NOISE_MODES = ("fast", "secure")
+#: Canaries of one run; more are made in several runs. The trainer's rows are as wide as there are of them, and so are
+#: the per-sample gradients that the engine makes in secure mode.
+_ENGINE_RUN, _TRAINER_RUN = {"fast": 100_000, "secure": 1_000}, 1_000
 #: The trainer is slower: its share of the canaries.
 _TRAINER_SHARE = 5
+#: Two subjects, two modes, two kinds of batches.
+ROWS_PER_EPSILON = 8
 _NOISE_COUNT, _NOISE_STEPS = 125_000, 4
 _SAMPLER_ROWS, _SAMPLER_STEPS, _SAMPLER_RATE = 5_000, 400, 0.1
 
@@ -75,7 +80,7 @@ def audit(
     seed: int | None = None,
     on_part: Callable[[str], None] | None = None,
 ) -> Report:
-    """Audit `DPEngine` and `AdaMix`, with full and with Poisson batches.
+    """Audit `DPEngine` and `AdaMix`, with fast and with secure noise, with full and with Poisson batches.
 
     Args:
         epsilons: claimed budgets; the noise of each is what `calibrate` gives.
@@ -84,9 +89,10 @@ def audit(
             0.92 of theory from 100,000: pass more.
         steps: of each run, composed.
         sample_rate: of the Poisson batches, in (0, 1).
-        strategy: of the engine.
+        strategy: of the engine; "auto" where it is "two_pass", which secure mode does not do.
         confidence: that no bound of an honest mechanism is above its budget; all rows share the error.
-        seed: None draws membership and noise from the operating system. A number repeats the rows, for tests.
+        seed: None draws membership and noise from the operating system. A number repeats the rows, for tests; but
+            not secure noise, which takes none.
         on_part: called with the name of what begins.
 
     Raises:
@@ -94,14 +100,14 @@ def audit(
     """
     _check_arguments(epsilons, delta, canaries, steps, sample_rate, confidence)
     tell = on_part or (lambda _: None)
-    of_each = 1 - (1 - confidence) / (4 * len(epsilons))
+    of_each = 1 - (1 - confidence) / (ROWS_PER_EPSILON * len(epsilons))
     plan = Plan(delta, steps, canaries, of_each, strategy, np.random.default_rng(seed), seed)
     rows = []
     for rate, batches in ((1.0, "full"), (sample_rate, f"Poisson {sample_rate:g}")):
         for epsilon in epsilons:
-            for subject, run in (("DPEngine", plan.engine), ("AdaMix", plan.trainer)):
-                tell(f"{subject}, {batches} batches, epsilon {epsilon:g}")
-                rows.append(run(epsilon, rate, batches))
+            for mode, (subject, run) in product(NOISE_MODES, (("DPEngine", plan.engine), ("AdaMix", plan.trainer))):
+                tell(f"{subject} {mode}, {batches} batches, epsilon {epsilon:g}")
+                rows.append(run(epsilon, rate, batches, mode))
     tell("noise and sampling")
     return Report(delta, confidence, rows, list(all_checks()))
 
@@ -118,23 +124,24 @@ class Plan:
     chance: np.random.Generator
     seed: int | None
 
-    def engine(self, epsilon: float, sample_rate: float, batches: str) -> Row:
+    def engine(self, epsilon: float, sample_rate: float, batches: str, mode: str = "fast") -> Row:
         noise_multiplier = calibrate(epsilon, delta=self.delta, steps=self.steps, sample_rate=sample_rate)
+        strategy = "auto" if (mode, self.strategy) == ("secure", "two_pass") else self.strategy
 
         def releases(present: subjects.Present) -> tuple[subjects.Array, float]:
-            settings = noise_multiplier, self.steps, sample_rate, self.strategy, self._seed()
+            settings = noise_multiplier, self.steps, sample_rate, strategy, mode, self._seed(mode)
             return subjects.engine_releases(present, *settings), noise_multiplier
 
-        return self._row("DPEngine", epsilon, sample_rate, batches, releases, self.canaries, _ENGINE_RUN)
+        return self._row(f"DPEngine {mode}", epsilon, sample_rate, batches, releases, self.canaries, _ENGINE_RUN[mode])
 
-    def trainer(self, epsilon: float, sample_rate: float, batches: str) -> Row:
+    def trainer(self, epsilon: float, sample_rate: float, batches: str, mode: str = "fast") -> Row:
         def releases(present: subjects.Present) -> tuple[subjects.Array, float]:
             settings = {"epsilon": epsilon, "delta": self.delta, "steps": self.steps, "sample_rate": sample_rate}
-            seed = self._seed()
-            return subjects.trainer_releases(present, settings | ({} if seed is None else {"noise_seed": seed}))
+            noise = {"noise_mode": mode, "noise_seed": self._seed(mode)}
+            return subjects.trainer_releases(present, settings | noise)
 
         count = max(100, self.canaries // _TRAINER_SHARE)
-        return self._row("AdaMix", epsilon, sample_rate, batches, releases, count, _TRAINER_RUN)
+        return self._row(f"AdaMix {mode}", epsilon, sample_rate, batches, releases, count, _TRAINER_RUN)
 
     def _row(
         self,
@@ -157,20 +164,21 @@ class Plan:
         found = bound(game, np.concatenate(scores), np.concatenate(presence), self.confidence)
         return Row(subject, batches, epsilon, game.epsilon(game.noise_multiplier), found)
 
-    def _seed(self) -> int | None:
-        return None if self.seed is None else int(self.chance.integers(2**62))
+    def _seed(self, mode: str) -> int | None:
+        return None if self.seed is None or mode == "secure" else int(self.chance.integers(2**62))
 
 
 def all_checks(count: int = _NOISE_COUNT, sampler_steps: int = _SAMPLER_STEPS) -> Iterator[Check]:
     """Of the noise in `count` coordinates of each shard, and of the samplers over so many steps."""
-    steps, resumed = subjects.engine_noise(count, _NOISE_STEPS)
-    yield from noise_checks("DPEngine", steps, resumed)
-    settings: dict[str, float | int] = {"epsilon": 4.0, "steps": _NOISE_STEPS}
-    first, second = (subjects.trainer_noise(count, settings) for _ in range(2))
-    yield from noise_checks("AdaMix", first, [second[0][0]])
-    for name, table in (("PoissonSampler", subjects.taken_by_sampler), ("AdaMix", subjects.taken_by_mechanism)):
-        taken = table(_SAMPLER_ROWS, sampler_steps, _SAMPLER_RATE)
-        yield from checks.sampling(f"sampling of {name}", taken, _SAMPLER_RATE)
+    for mode in NOISE_MODES:
+        steps, resumed = subjects.engine_noise(count, _NOISE_STEPS, mode)
+        yield from noise_checks(f"DPEngine {mode}", steps, resumed)
+        settings = {"epsilon": 4.0, "steps": _NOISE_STEPS, "noise_mode": mode}
+        first, second = (subjects.trainer_noise(count, settings) for _ in range(2))
+        yield from noise_checks(f"AdaMix {mode}", first, [second[0][0]])
+        for name, table in (("PoissonSampler", subjects.taken_by_sampler), ("AdaMix", subjects.taken_by_mechanism)):
+            taken = table(_SAMPLER_ROWS, sampler_steps, _SAMPLER_RATE, mode)
+            yield from checks.sampling(f"sampling of {name} {mode}", taken, _SAMPLER_RATE)
 
 
 def noise_checks(name: str, steps: list[list[checks.Array]], others: list[checks.Array]) -> list[Check]:

@@ -95,10 +95,14 @@ def sampling(name: str, taken: NDArray[np.bool_], sample_rate: float) -> list[Ch
 
 
 def _dispersion(name: str, sums: Array, stated: float, variance: float) -> Check:
-    """The variance of centred binomial counts: fixed sizes have none, rows that stick together too much."""
+    """The variance of centred binomial counts: fixed sizes have none, rows that stick together too much.
+
+    Chi-square, with the degrees of freedom that give it its true variance: of few sums it is far from normal.
+    """
     ratio = float(np.square(sums).mean()) / stated
-    error = math.sqrt((2 + (1 - 6 * variance) / stated) / len(sums))
-    return Check(name, f"variance {ratio:.3f} x binomial (+- {error:.3f})", 2 * _tail_one((ratio - 1) / error))
+    freedom = 2 * len(sums) / (2 + (1 - 6 * variance) / stated)
+    p = 2 * min(float(stats.chi2.cdf(ratio * freedom, freedom)), float(stats.chi2.sf(ratio * freedom, freedom)))
+    return Check(name, f"variance {ratio:.3f} x binomial (+- {math.sqrt(2 / freedom):.3f})", min(1.0, p))
 
 
 def _product(name: str, left: Array, right: Array, variance: float) -> Check:
@@ -108,7 +112,3 @@ def _product(name: str, left: Array, right: Array, variance: float) -> Check:
 
 def _tail(z: float) -> float:
     return 2 * float(stats.norm.sf(z))
-
-
-def _tail_one(z: float) -> float:
-    return float(stats.norm.sf(abs(z)))

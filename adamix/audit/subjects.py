@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +31,11 @@ _THRESHOLD = 0.7
 _LEARNING_RATE = 1e-3
 _MICRO_BATCHES = 2
 _SHARDS = 2
+
+
+def _source(mode: str, seed: int | None = None) -> Noise | None:
+    """None is fast noise with a key of its own, the default of engine and sampler: then that is what is audited."""
+    return None if (mode, seed) == ("fast", None) else Noise(seed, mode)
 
 
 class Canaries(nn.Module):
@@ -73,7 +79,13 @@ class EngineRun:
 
 
 def engine_releases(
-    present: Present, noise_multiplier: float, steps: int, sample_rate: float, strategy: str, seed: int | None
+    present: Present,
+    noise_multiplier: float,
+    steps: int,
+    sample_rate: float,
+    strategy: str = "auto",
+    mode: str = "fast",
+    seed: int | None = None,
 ) -> Array:
     """Train on the canaries that are present; the releases along each canary `[steps, canaries]`, over the threshold.
 
@@ -81,31 +93,31 @@ def engine_releases(
     """
     members = torch.from_numpy(np.flatnonzero(present))
     expected = max(1.0, sample_rate * len(present) / 2)  # a planned figure, not a count
-    run = EngineRun(len(present), noise_multiplier, expected, strategy, None if seed is None else Noise(2 * seed))
+    seeds = (None, None) if seed is None else (2 * seed, 2 * seed + 1)
+    run = EngineRun(len(present), noise_multiplier, expected, strategy, _source(mode, seeds[0]))
     if sample_rate == 1:
         batches = [members] * steps
     else:
-        source = None if seed is None else Noise(2 * seed + 1)
-        sampler = PoissonSampler(len(members), sample_rate, steps=steps, noise=source)
+        sampler = PoissonSampler(len(members), sample_rate, steps=steps, noise=_source(mode, seeds[1]))
         batches = [members[torch.tensor(batch, dtype=torch.int64)] for batch in sampler]
     return np.stack([sum(run.step(batch), np.zeros(len(present))) / math.sqrt(_SHARDS) for batch in batches])
 
 
-def engine_noise(count: int, steps: int) -> tuple[list[list[Array]], list[Array]]:
+def engine_noise(count: int, steps: int, mode: str = "fast") -> tuple[list[list[Array]], list[Array]]:
     """The releases of `steps` empty batches by shard `[steps][shards]`, in units of the stated noise, and of the first
     shard in the steps of two runs that are resumed there."""
     noise_multiplier, nobody = 1.3, torch.zeros(0, dtype=torch.int64)
-    first = EngineRun(count, noise_multiplier, 50.0)
+    first = EngineRun(count, noise_multiplier, 50.0, noise=_source(mode))
     released = [[part / noise_multiplier for part in first.step(nobody)] for _ in range(steps)]
     others = []
     for _ in range(2):
-        resumed = EngineRun(count, noise_multiplier, 50.0)
+        resumed = EngineRun(count, noise_multiplier, 50.0, noise=_source(mode))
         resumed.dp.load_state_dict(first.dp.state_dict())
         others.append(resumed.step(nobody)[0] / noise_multiplier)
     return released, others
 
 
-def trainer_releases(present: Present, settings: dict[str, float | int]) -> tuple[Array, float]:
+def trainer_releases(present: Present, settings: dict[str, Any]) -> tuple[Array, float]:
     """`AdaMix.fit` on the canaries that are present: releases along each `[steps, canaries]`, over the threshold, and
     the noise multiplier.
 
@@ -121,13 +133,13 @@ def trainer_releases(present: Present, settings: dict[str, float | int]) -> tupl
     return along, noise_multiplier
 
 
-def trainer_noise(width: int, settings: dict[str, float | int]) -> list[list[Array]]:
+def trainer_noise(width: int, settings: dict[str, Any]) -> list[list[Array]]:
     """The releases of each step of `AdaMix.fit` without private rows, by class, in units of the stated noise."""
     released, noise_multiplier = _fit(torch.zeros(0, width + 1), torch.zeros(0, dtype=torch.int64), settings)
     return [list(step[:, :width] / noise_multiplier) for step in released]
 
 
-def _fit(x: Tensor, y: Tensor, settings: dict[str, float | int]) -> tuple[Array, float]:
+def _fit(x: Tensor, y: Tensor, settings: dict[str, Any]) -> tuple[Array, float]:
     """All releases `[steps, 2, features]` over the threshold of their step, by the weights before and after."""
     public = torch.zeros(2, x.shape[1])
     public[:, -1] = 1.0
@@ -157,15 +169,15 @@ def _fit(x: Tensor, y: Tensor, settings: dict[str, float | int]) -> tuple[Array,
     return torch.stack(moves).numpy() * expected, result.noise_multiplier
 
 
-def taken_by_sampler(rows: int, steps: int, sample_rate: float) -> Present:
+def taken_by_sampler(rows: int, steps: int, sample_rate: float, mode: str = "fast") -> Present:
     """`[steps, rows]`: which rows the batches of a `PoissonSampler` hold."""
-    sampler = PoissonSampler(rows, sample_rate, steps=steps)
+    sampler = PoissonSampler(rows, sample_rate, steps=steps, noise=_source(mode))
     return _table(rows, steps, iter(sampler).__next__)
 
 
-def taken_by_mechanism(rows: int, steps: int, sample_rate: float) -> Present:
+def taken_by_mechanism(rows: int, steps: int, sample_rate: float, mode: str = "fast") -> Present:
     """The same of the batches that the trainer draws."""
-    mechanism = Mechanism(1.0, Noise())
+    mechanism = Mechanism(1.0, Noise(mode=mode))
     numbered = Rows(torch.arange(rows)[:, None].double(), torch.arange(rows))
 
     def draw() -> list[int]:

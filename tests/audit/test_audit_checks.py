@@ -59,6 +59,14 @@ def test_faults_of_a_sampler_are_noticed(fault: str, chance: np.random.Generator
     assert not found[fault].passed
 
 
+def test_few_steps_raise_no_false_alarm(chance: np.random.Generator) -> None:
+    """The variance of twenty batch sizes is far from normal: 12 of 3000 would be below 0.001 if it were taken so."""
+    tables = (chance.random((20, 300)) < RATE for _ in range(3000))
+    p = [sampling("", table, RATE)[1].p_value for table in tables]
+    assert sum(value < 1e-3 for value in p) < 9  # 3 are expected
+    assert min(p) > LEVEL / 10
+
+
 @pytest.mark.parametrize("rate", [0.02, 0.1, 0.6])
 def test_honest_samplers_pass(rate: float) -> None:
     """The p-values are those of chance: of 300 about one in a hundred is below that."""

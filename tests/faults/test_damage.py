@@ -97,6 +97,27 @@ def test_lines_cannot_be_lost_repeated_or_moved(files: list[tuple[Path, Callable
             read()
 
 
+def test_a_ledger_and_a_head_file_of_different_moments_are_refused(tmp_path: Path) -> None:
+    """Each is whole by itself: of two ledgers that differ in their ids alone, and of one before it went on."""
+    parts: list[list[tuple[bytes, bytes]]] = []
+    for name in ("one", "other"):
+        path = tmp_path / name
+        with Ledger.create(path, data_set="test") as ledger:
+            run = ledger.start_run(noise_multiplier=5.0, sample_rate=1.0, steps=9, delta=1e-5, run="run")
+            moments = []
+            for _ in range(3):
+                ledger.charge(run)
+                moments.append((path.read_bytes(), head_path(path).read_bytes()))
+        parts.append(moments)
+    path, (one, other) = tmp_path / "one", parts
+    for content, head in ((one[2][0], other[2][1]), (other[2][0], one[2][1]), (one[2][0], one[0][1])):
+        path.write_bytes(content)
+        head_path(path).write_bytes(head)
+        for read in (Ledger, read_ledger):
+            with pytest.raises(InputError, match=r"are not of the same moment; restore the ledger and its .head file"):
+                read(path)
+
+
 def test_a_line_sealed_anew_does_not_fit_the_chain(files: list[tuple[Path, Callable[[], Any]]]) -> None:
     """As if the run had had more noise: valid by itself, and of the right number."""
     path, read = files[0]

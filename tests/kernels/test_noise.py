@@ -208,6 +208,14 @@ def test_seeds_repeat_and_differ() -> None:
     assert not torch.equal(Noise(seed=1).normal(0, 0, 5), Noise(seed=2).normal(0, 0, 5))
 
 
+@pytest.mark.parametrize(("mode", "words"), [("fast", 2), ("secure", 8)])
+def test_keys_of_the_system_are_whole(mode: str, words: int) -> None:
+    """Every word is fresh. Of 800 random ones two pairs are the same with a probability of 3e-9."""
+    keys = [Noise(mode=mode)._key for _ in range(100)]
+    assert {len(key) for key in keys} == {words}
+    assert len({word for key in keys for word in key}) >= 100 * words - 1
+
+
 def test_torch_generators_are_left_alone() -> None:
     before = torch.get_rng_state()
     add_gaussian_noise_(torch.zeros(9), 1.0, Noise())

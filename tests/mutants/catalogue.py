@@ -1,19 +1,12 @@
-"""Planted bugs, each with the checks that must find it, the likeliest first."""
+"""Planted bugs of training, each with the checks that must find it, the likeliest first; and the list of all."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-
-class Mutant(NamedTuple):
-    """`old` stands exactly once in `file`; with `new` in its place one of `checks` (pytest node ids) must fail."""
-
-    name: str
-    file: str
-    old: str
-    new: str
-    checks: tuple[str, ...]
-
+from catalogue_flow import FLOW_MUTANTS, USER_MUTANTS
+from catalogue_ledger import LEDGER_MUTANTS
+from catalogue_resume import RESUME_MUTANTS
+from catalogue_secure import SECURE_MUTANTS
+from mutant import Mutant
 
 ENGINE = "adamix_kernels/nn/engine.py"
 PASSES = "adamix_kernels/nn/passes.py"
@@ -156,7 +149,7 @@ CLIPPING_MUTANTS = [
         PASSES,
         "norm_sq = [factors.norm_sq() for _, factors in parts]",
         "norm_sq = [factors.norm_sq() for _, factors in parts[1:] or parts]",
-        (f"{AUDIT_CANARY}[auto]",),
+        (f"{AUDIT_CANARY}[auto-fast]",),
     ),
     Mutant(
         "clipped by the mean norm of the batch",
@@ -170,7 +163,7 @@ CLIPPING_MUTANTS = [
         CLIPPING,
         "return self.value / math.sqrt(max(1, len(self.layers)))",
         "return self.value",
-        (f"{AUDIT_CANARY}[per_layer]",),
+        (f"{AUDIT_CANARY}[per_layer-fast]",),
     ),
     Mutant(
         "threshold changed in place after the backward pass",
@@ -198,7 +191,7 @@ CLIPPING_MUTANTS = [
         ENGINE,
         "return self._scale(max(samples, 1)) * self._divisor",
         "return self._scale(max(samples, 1)) * max(samples, 1)",
-        (f"{AUDIT_CANARY}[auto]",),
+        (f"{AUDIT_CANARY}[auto-fast]",),
     ),
     Mutant(
         "a new expected batch size is taken the wrong way round",
@@ -439,4 +432,14 @@ ACCOUNTING_MUTANTS = [
     ),
 ]
 
-MUTANTS = [*NOISE_MUTANTS, *CLIPPING_MUTANTS, *LOOP_MUTANTS, *ACCOUNTING_MUTANTS]
+MUTANTS = [
+    *NOISE_MUTANTS,
+    *CLIPPING_MUTANTS,
+    *LOOP_MUTANTS,
+    *ACCOUNTING_MUTANTS,
+    *LEDGER_MUTANTS,
+    *RESUME_MUTANTS,
+    *SECURE_MUTANTS,
+    *USER_MUTANTS,
+    *FLOW_MUTANTS,
+]

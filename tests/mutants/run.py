@@ -24,7 +24,8 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from catalogue import MUTANTS, Mutant
+from catalogue import MUTANTS
+from mutant import Mutant
 
 ROOT = Path(__file__).parents[2]
 COPIED = ("adamix", "adamix_kernels", "tests", "pyproject.toml", "README.md")

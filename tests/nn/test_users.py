@@ -145,6 +145,11 @@ def test_rows_without_users_are_refused(strategy: str) -> None:
     with dp.users(IDS[:9]), pytest.raises(PrivacyError, match="users: 9 ids for a batch of 10 rows"):
         run(dp, batch())
     assert not dp._sums
+    with dp.users(IDS):
+        run(dp, batch())
+    step(dp)
+    with pytest.raises(PrivacyError, match="nothing tells whose rows"):
+        run(dp, batch())  # the ids of the block that has ended are not those of these rows
     assert dp.validate(batch()[0]).samples == 10, "which reports on samples"
 
 

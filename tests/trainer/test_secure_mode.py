@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
@@ -123,6 +124,22 @@ def test_a_threshold_without_a_grid_is_refused() -> None:
     model, _, _ = setting("head")
     with pytest.raises(InputError, match="noise_mode: 'secure' has no grid"):
         secure(1.0).release(model, rows(3), torch.tensor([1e25]))
+
+
+@pytest.mark.parametrize("mode", ["fast", "secure"])
+def test_the_run_draws_from_the_source_it_was_asked_for(
+    mode: str, make_run: Callable[..., float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    release = Mechanism.release
+
+    def noted(self: Mechanism, *given: Any) -> Tensor:
+        seen.append(self.noise.mode)
+        return release(self, *given)
+
+    monkeypatch.setattr(Mechanism, "release", noted)
+    make_run(mode, {})
+    assert seen == [mode] * 6
 
 
 @pytest.mark.parametrize("extra", [{}, {"subspace_rank": 4}, {"clipping": "per_layer"}])
