@@ -88,6 +88,13 @@ USER_MUTANTS = [
 
 FLOW_MUTANTS = [
     Mutant(
+        "private metrics are written by default",
+        COMMANDS,
+        "private_metrics=seen.append if arguments.log_private_metrics else None,",
+        "private_metrics=seen.append,",
+        (f"{FLOW}::test_the_command_line_writes_them_where_asked",),
+    ),
+    Mutant(
         "a private value shows itself",
         PRIVATE,
         'return f"<private {self.name}, outside the guarantee; call reveal()>"',

@@ -23,6 +23,10 @@ _COUNTED = (
     "                self._size += len(line)\n"
     "                self._write_head()\n"
 )
+_SHOWN = (
+    "        if on_private is not None:\n"
+    "            on_private(private_metrics(number, model, private, thresholds, basis))\n"
+)
 _RELEASED = (
     "        released = mechanism.release(model, mechanism.sample(private, config.sample_rate), thresholds, basis)\n"
 )
@@ -31,16 +35,17 @@ LEDGER_MUTANTS = [
     Mutant(
         "a step is charged after its noise",
         PHASE,
-        f"        charge()\n{_RELEASED}",
-        f"{_RELEASED}        charge()\n",
+        f"        charge()\n{_SHOWN}{_RELEASED}",
+        f"{_SHOWN}{_RELEASED}        charge()\n",
         (CHARGED_FIRST,),
     ),
     Mutant(
         "a step is charged between its batch and its noise",
         PHASE,
-        f"        charge()\n{_RELEASED}",
+        f"        charge()\n{_SHOWN}{_RELEASED}",
         "        batch = mechanism.sample(private, config.sample_rate)\n        charge()\n"
-        "        released = mechanism.release(model, batch, thresholds, basis)\n",
+        + _SHOWN
+        + "        released = mechanism.release(model, batch, thresholds, basis)\n",
         (CHARGED_FIRST,),
     ),
     Mutant(

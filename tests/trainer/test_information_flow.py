@@ -228,6 +228,9 @@ def test_the_command_line_writes_them_where_asked(tmp_path: Path, capfd: pytest.
         warnings.simplefilter("default")
         assert main([*argv, "--out", str(tmp_path / "run")]) == 0
     assert "do not publish" in capfd.readouterr().err
+    argv.remove("--log-private-metrics")
+    assert main([*argv, "--out", str(tmp_path / "plain")]) == 0 and "do not publish" not in capfd.readouterr().err
+    assert not list((tmp_path / "plain").glob("PRIVATE*"))
     lines = (tmp_path / "run" / "PRIVATE_metrics.jsonl").read_text().splitlines()
     assert len(lines) == 2 and json.loads(lines[0]).keys() == {"number", "loss", "accuracy", "clipped_fraction"}
 
