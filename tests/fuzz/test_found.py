@@ -19,6 +19,10 @@ def conv(**settings: Any) -> Any:
     return kernels.conv_grad_sample(torch.ones(1, 1, 4), torch.ones(1, 1, 4), **{"kernel_size": (1,), **settings})
 
 
+def no_channels(**settings: Any) -> Any:
+    return kernels.conv_norm_sq(torch.ones(1, 0, 4), torch.ones(1, 0, 4), **{"kernel_size": (1,), **settings})
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -38,6 +42,10 @@ def conv(**settings: Any) -> Any:
         (lambda: kernels.embedding_clip_sum(IDS, ROWS, torch.ones(1), 2**70), r"num_embeddings is 1180\d+; pass"),
         (lambda: conv(padding=10**60), "padding is 10+; pass an int"),
         (lambda: conv(padding=torch.ones(2)), "padding is tensor"),
+        (lambda: no_channels(groups=10**400), "groups is 10+; expected a divisor of I=0 and of O=0, at most 1"),
+        (lambda: no_channels(groups=2**40), "groups is 1099511627776; expected"),
+        (lambda: kernels.grid_for(None, 1.0), "max_grad_norm is NoneType; pass a number"),
+        (lambda: kernels.grid_for(1.0, torch.ones(2)), "std is Tensor; pass a number"),
     ],
 )
 def test_a_message_names_the_argument(call: Callable[[], Any], message: str) -> None:
