@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from calls import arguments, spoil, threshold
+from grid_bounds import one_grid_bound
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tensors import FLOATS, described, norm, rounding
@@ -102,10 +103,14 @@ ALONE = [
     "clip_sum_noise", "softmax_head_clip_sum_noise", "softmax_head_mixed_sum", "conv_norm_clip_sum", "conv_grad_sample",
     "softmax_head_coordinates",
 ]  # fmt: skip
+EXACTLY = [*["grid_clip_sum"] * 4, "grid_release", "grid_for"]
 
 
 def one_bound(r: Random) -> None:
-    name = r.choice([*LAYERS, *ALONE])
+    name = r.choice([*LAYERS, *ALONE, *EXACTLY])
+    if name in EXACTLY:
+        seen.update(one_grid_bound(r, name, leave_trail))
+        return
     op = OPS[LAYERS.get(name, name)]
     found = arguments(r, op, dtype=r.choice(FLOATS))
     rows = [n for n in found if op.shapes.get(n, "").removeprefix("int:").split(" ")[0] in ("B", "N", "B[]")]
