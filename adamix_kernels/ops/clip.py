@@ -101,7 +101,7 @@ def clip_coef(norm_sq: Tensor, max_grad_norm: float | Tensor) -> Tensor:
 
     Source: Abadi et al. 2016 (arXiv 1607.00133), Algorithm 1.
     """
-    threshold = max_grad_norm.double() if isinstance(max_grad_norm, Tensor) else max_grad_norm
+    threshold = max_grad_norm.double() if isinstance(max_grad_norm, Tensor) else float(max_grad_norm)
     coef = round_down((threshold / norm_sq.double().sqrt()).clamp(max=1.0))
     # 0 / 0 (threshold and norm both 0) is NaN: such a sample has nothing to give.
     return coef.where(norm_sq.isfinite() & ~coef.isnan(), 0.0)

@@ -60,3 +60,12 @@ def test_axes_of_size_0(backend: str) -> None:
         for inputs, outputs in ((0, 2), (2, 0), (0, 0)):
             out = kernels.conv_grad_sample(torch.ones(3, inputs, 4), torch.ones(3, outputs, 4), (1,), bias=True)
             assert out.weight.shape == (3, outputs, inputs, 1) and out.bias.shape == (3, outputs)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_whole_numbers_beyond_64_bits(backend: str) -> None:
+    huge = 2**70
+    with use_backend(backend):
+        assert kernels.clip_coef(X[:, 0], huge).tolist() == [1.0, 1.0]
+        noise = [kernels.add_gaussian_noise_(torch.zeros(9), std, Noise(seed=1)) for std in (huge, float(huge))]
+        assert torch.equal(*noise) and noise[0].all()
