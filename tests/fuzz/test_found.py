@@ -69,3 +69,7 @@ def test_whole_numbers_beyond_64_bits(backend: str) -> None:
         assert kernels.clip_coef(X[:, 0], huge).tolist() == [1.0, 1.0]
         noise = [kernels.add_gaussian_noise_(torch.zeros(9), std, Noise(seed=1)) for std in (huge, float(huge))]
         assert torch.equal(*noise) and noise[0].all()
+        for limit in (torch.tensor(1.0), 1, 2**70):
+            assert kernels.clip_sum_noise(X, limit, huge, Noise()).sum.all()
+        with pytest.raises(ValueError, match=r"times max_grad_norm \d+ it is infinite"):
+            kernels.clip_sum_noise(X, 2**1000, huge, Noise())
