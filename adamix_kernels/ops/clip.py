@@ -38,7 +38,11 @@ def check_mechanism(
             )
     if not 0 <= noise_multiplier < math.inf:
         raise ValueError(f"noise_multiplier is {noise_multiplier}; pass a finite number >= 0")
-    if noise_multiplier and not isinstance(max_grad_norm, Tensor) and math.isinf(noise_multiplier * max_grad_norm):
+    if (
+        noise_multiplier
+        and not isinstance(max_grad_norm, Tensor)
+        and math.isinf(float(noise_multiplier) * max_grad_norm)
+    ):
         raise ValueError(f"noise_multiplier is {noise_multiplier}; times max_grad_norm {max_grad_norm} it is infinite")
     if noise_multiplier and not isinstance(noise, Noise):
         raise ValueError(f"noise is {noise!r} with noise_multiplier {noise_multiplier}; pass adamix_kernels.Noise()")
@@ -51,7 +55,7 @@ def add_mechanism_noise_(
     if noise_multiplier:
         assert noise is not None  # check_mechanism
         threshold = max_grad_norm.double() if isinstance(max_grad_norm, Tensor) else max_grad_norm
-        add_gaussian_noise_(sums, noise_multiplier * threshold, noise)
+        add_gaussian_noise_(sums, float(noise_multiplier) * threshold, noise)
 
 
 def clip_oracle(norm_sq: Tensor, max_grad_norm: float | Tensor) -> Tensor:
@@ -101,7 +105,7 @@ def clip_coef(norm_sq: Tensor, max_grad_norm: float | Tensor) -> Tensor:
 
     Source: Abadi et al. 2016 (arXiv 1607.00133), Algorithm 1.
     """
-    threshold = max_grad_norm.double() if isinstance(max_grad_norm, Tensor) else max_grad_norm
+    threshold = max_grad_norm.double() if isinstance(max_grad_norm, Tensor) else float(max_grad_norm)
     coef = round_down((threshold / norm_sq.double().sqrt()).clamp(max=1.0))
     # 0 / 0 (threshold and norm both 0) is NaN: such a sample has nothing to give.
     return coef.where(norm_sq.isfinite() & ~coef.isnan(), 0.0)

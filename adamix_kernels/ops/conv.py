@@ -111,8 +111,9 @@ def validate(
         raise ValueError(
             f"activations has shape {shape}; expected [B, I] and {len(axes)} spatial axes as in kernel_size"
         )
-    if not isinstance(groups, int) or groups < 1 or shape[1] % groups or outputs % groups:
-        raise ValueError(f"groups is {groups!r}; expected a divisor of I={shape[1]} and of O={outputs}")
+    most = max(shape[1], outputs, 1)  # else without channels any number would divide them
+    if not isinstance(groups, int) or not 1 <= groups <= most or shape[1] % groups or outputs % groups:
+        raise ValueError(f"groups is {groups!r}; expected a divisor of I={shape[1]} and of O={outputs}, at most {most}")
     spatial = [axis.count(size) for axis, size in zip(axes, shape[2:], strict=True)]
     if min(spatial) < 1:
         raise ValueError(f"kernel_size is {kernel_size!r}; larger than the padded activations of shape {shape}")

@@ -31,7 +31,7 @@ import torch
 from torch import Generator, Tensor
 
 from adamix_kernels.ops._cases import grad_cases, rand
-from adamix_kernels.ops._numerics import as_list, rows
+from adamix_kernels.ops._numerics import as_list, check_number, rows
 from adamix_kernels.ops.clip import clip_coef
 from adamix_kernels.ops.noise import Noise
 from adamix_kernels.ops.norm import grad_norm_sq
@@ -57,8 +57,10 @@ def grid_for(max_grad_norm: float, std: float) -> float:
     on public numbers alone. Truncation takes less than one step off each entry of a sample's gradient.
 
     Raises:
-        ValueError: C or std is out of range.
+        TypeError, ValueError: C or std is no number, or out of range.
     """
+    check_number("max_grad_norm", max_grad_norm)
+    check_number("std", std)
     low, high = _RANGE
     if not low <= max_grad_norm <= high:
         raise ValueError(f"max_grad_norm is {max_grad_norm}; pass a number in [{low:.3g}, {high:.3g}] for a grid")

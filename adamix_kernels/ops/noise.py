@@ -192,7 +192,7 @@ def add_gaussian_noise_(tensor: Any, std: float | Tensor, noise: Noise) -> Any:
         `tensor`.
     """
     draw, offset = noise.next_draw(), 0
-    scale = std.detach().clone() if isinstance(std, Tensor) else std  # it may be an element of what is written
+    scale = std.detach().clone() if isinstance(std, Tensor) else float(std)  # it may be an element of what is written
     for part in as_list(tensor):
         flat = part.reshape(-1)  # a view or, of a strided tensor, a copy
         for start in range(0, flat.numel(), _CHUNK):

@@ -19,6 +19,10 @@ def conv(**settings: Any) -> Any:
     return kernels.conv_grad_sample(torch.ones(1, 1, 4), torch.ones(1, 1, 4), **{"kernel_size": (1,), **settings})
 
 
+def no_channels(**settings: Any) -> Any:
+    return kernels.conv_norm_sq(torch.ones(1, 0, 4), torch.ones(1, 0, 4), **{"kernel_size": (1,), **settings})
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -38,6 +42,10 @@ def conv(**settings: Any) -> Any:
         (lambda: kernels.embedding_clip_sum(IDS, ROWS, torch.ones(1), 2**70), r"num_embeddings is 1180\d+; pass"),
         (lambda: conv(padding=10**60), "padding is 10+; pass an int"),
         (lambda: conv(padding=torch.ones(2)), "padding is tensor"),
+        (lambda: no_channels(groups=10**400), "groups is 10+; expected a divisor of I=0 and of O=0, at most 1"),
+        (lambda: no_channels(groups=2**40), "groups is 1099511627776; expected"),
+        (lambda: kernels.grid_for(None, 1.0), "max_grad_norm is NoneType; pass a number"),
+        (lambda: kernels.grid_for(1.0, torch.ones(2)), "std is Tensor; pass a number"),
     ],
 )
 def test_a_message_names_the_argument(call: Callable[[], Any], message: str) -> None:
@@ -52,3 +60,16 @@ def test_axes_of_size_0(backend: str) -> None:
         for inputs, outputs in ((0, 2), (2, 0), (0, 0)):
             out = kernels.conv_grad_sample(torch.ones(3, inputs, 4), torch.ones(3, outputs, 4), (1,), bias=True)
             assert out.weight.shape == (3, outputs, inputs, 1) and out.bias.shape == (3, outputs)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_whole_numbers_beyond_64_bits(backend: str) -> None:
+    huge = 2**70
+    with use_backend(backend):
+        assert kernels.clip_coef(X[:, 0], huge).tolist() == [1.0, 1.0]
+        noise = [kernels.add_gaussian_noise_(torch.zeros(9), std, Noise(seed=1)) for std in (huge, float(huge))]
+        assert torch.equal(*noise) and noise[0].all()
+        for limit in (torch.tensor(1.0), 1, 2**70):
+            assert kernels.clip_sum_noise(X, limit, huge, Noise()).sum.all()
+        with pytest.raises(ValueError, match=r"times max_grad_norm \d+ it is infinite"):
+            kernels.clip_sum_noise(X, 2**1000, huge, Noise())

@@ -42,7 +42,10 @@ def test_every_outcome_is_a_result_or_names_an_argument(examples: int, tmp_path:
 def test_no_sample_adds_more_than_the_threshold(examples: int, tmp_path: Path) -> None:
     seen = fuzz("bounds", examples, tmp_path, *["any"] * (examples > 10_000))
     checked = {name: count for name, count in seen.items() if name in OPS}
-    assert len(checked) == 11 and min(checked.values()) > 0.02 * examples
+    assert len(checked) == 13 and min(checked.values()) > 0.02 * examples
+    assert seen["grid_for"] > 0.01 * examples
+    assert min(seen["sums that are not 0"], seen["sums above C / 2"]) > 0.1 * seen["grid_clip_sum"]
+    assert seen["releases with noise that is not 0"] > 0.2 * seen["grid_release"]
 
 
 def test_a_process_that_dies_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

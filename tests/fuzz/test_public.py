@@ -15,7 +15,7 @@ from torch import nn
 
 from adamix import AdaMix, Config, InputError, Rows
 from adamix.rows import check_rows
-from adamix_kernels import DPEngine, Noise, PoissonSampler
+from adamix_kernels import DPEngine, Noise, PoissonSampler, grid_for
 
 anything = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=4), st.binary(max_size=3),
@@ -128,6 +128,17 @@ def test_sampler_and_noise(count: Any, rate: Any, steps: Any, seed: Any) -> None
         Noise(seed)
     except TypeError as error:
         assert names_one(error, ["seed"])
+
+
+@settings(max_examples=300, deadline=None)
+@given(anything, anything, st.booleans())
+def test_grid_for(limit: Any, std: Any, one_fits: bool) -> None:
+    try:
+        grid = grid_for(limit, 1.0 if one_fits else std)
+    except (TypeError, ValueError) as error:
+        assert names_one(error, ["max_grad_norm", "std"])
+    else:
+        assert type(grid) is float and math.frexp(grid)[0] == 0.5
 
 
 SETTINGS = ["max_grad_norm", "noise_multiplier", "expected_batch_size", "strategy", "clipping", "loss_reduction",
