@@ -24,7 +24,7 @@ from adamix_kernels.nn.checks import (
     check_unit,
     mixing,
 )
-from adamix_kernels.nn.clipping import Limit, Threshold, checked, factors, larger
+from adamix_kernels.nn.clipping import checked
 from adamix_kernels.nn.errors import PrivacyError
 from adamix_kernels.nn.hooks import Hook, ZeroGrad
 from adamix_kernels.nn.metrics import Metrics
@@ -32,11 +32,9 @@ from adamix_kernels.nn.parameter import PrivateParameter, storage
 from adamix_kernels.nn.passes import Passes
 from adamix_kernels.nn.probe import tell_apart
 from adamix_kernels.nn.rules import Rules
-from adamix_kernels.nn.secure import GridSums
-from adamix_kernels.nn.users import Users
+from adamix_kernels.nn.sums import StepSums
 from adamix_kernels.nn.validate import validate
-from adamix_kernels.ops._numerics import sum_dtype
-from adamix_kernels.ops.noise import Noise, add_gaussian_noise_, warn_if_fast
+from adamix_kernels.ops.noise import Noise, warn_if_fast
 
 
 class DPEngine:
@@ -117,14 +115,11 @@ class DPEngine:
         self.noise = Noise() if noise is None else noise
         if noise_multiplier:
             warn_if_fast(self.noise.mode, stacklevel=2)
-        self._grid = GridSums(self) if self.noise.mode == "secure" else None
-        self._users = Users() if unit == "user" else None
         self.steps = 0
         self.layers = {name: name.rpartition(".")[0] for name, _ in model.named_parameters()}
-        self._sum_dtype = sum_dtype(*model.parameters())
         self._owned: list[tuple[str, PrivateParameter]] = []
         self.max_grad_norm = max_grad_norm
-        self._threshold = self._threshold_now()
+        self._sums = StepSums(self, unit)
         self.batch_size: int | None = None
         self.forward_number: int | None = None
         self.input_storages: set[int] = set()
@@ -132,12 +127,6 @@ class DPEngine:
         self._public = 0
         self._pulls = 0
         self._known_grads: set[str] = set()  # parameters whose .grad is of public rows, or of a step
-        self._sums: dict[str, Tensor] = {}  # of whole backward passes since the last step, over ..
-        self._divisor = self.expected_batch_size  # .. what it was when the first began
-        self._staged: dict[str, Tensor] = {}  # of the one that runs now: if it fails they are dropped
-        self._limits: list[float | Tensor] = []  # the threshold of each backward pass since the last step
-        self._norm_sq: list[Tensor] = []
-        self._metrics: Metrics | None = None
         self._rules, self._passes = Rules(self), Passes(self)
         self._handles: list[Any] = []
         self._attach()
@@ -223,9 +212,9 @@ class DPEngine:
                 one was in another backward pass since the last step.
             TypeError, ValueError: the ids are no integers `[B]`.
         """
-        if self._users is None:
+        if self._sums.users is None:
             raise PrivacyError("users(): the engine protects samples; pass unit='user' to the DPEngine")
-        return self._users.of(ids)
+        return self._sums.users.of(ids)
 
     @contextmanager
     def _pulling(self) -> Iterator[None]:
@@ -274,10 +263,6 @@ class DPEngine:
         else:
             loss.backward()
 
-    def _scale(self, samples: int) -> float:
-        """What per-sample gradients are multiplied with by the loss."""
-        return self.loss_scale / (samples if self.loss_reduction == "mean" else 1)
-
     @property
     def max_grad_norm(self) -> float | Tensor | Mapping[str, float]:
         """The threshold of the backward passes to come."""
@@ -287,50 +272,6 @@ class DPEngine:
     def max_grad_norm(self, value: float | Tensor | Mapping[str, float]) -> None:
         bounded = self.noise_multiplier > 0 or self.clipping == "automatic"
         self._max_grad_norm = checked(value, self.strategy, set(self.layers.values()), bounded)
-
-    def _threshold_now(self) -> Threshold:
-        parameters = self._owned or self.model.named_parameters()
-        with torch._C.DisableTorchFunctionSubclass():
-            return Threshold.of(self.max_grad_norm, {self.layers[name] for name, p in parameters if p.requires_grad})
-
-    def _limit(self, samples: int, layer: str | None) -> Limit:
-        """The threshold for gradients as the loss scales them."""
-        limit = self._threshold.whole if layer is None else self._threshold.layer(layer)
-        return limit * self._scale(max(samples, 1))
-
-    def _coef(self, norm_sq: Tensor, layer: str | None) -> Tensor:
-        samples = len(norm_sq)
-        return factors(norm_sq, self._limit(samples, layer), self._scale(max(samples, 1)), self.clipping == "automatic")
-
-    def _divided(self, samples: int) -> float:
-        """By what clipped sums are divided before they are released."""
-        return self._scale(max(samples, 1)) * self._divisor
-
-    def _released(self, coef: Tensor) -> Tensor:
-        """Clipping factors of a pass, for sums that need no scaling afterwards."""
-        return coef.to(self._sum_dtype) / self._divided(len(coef))
-
-    def _add(self, parameter: PrivateParameter, total: Tensor) -> None:
-        """Add a clipped sum to what the step releases, once this backward pass has ended well."""
-        _accumulate(self._staged, parameter._dp_name, total if self._grid else total.to(sum_dtype(total)))
-
-    def _begin_pass(self) -> None:
-        self._staged.clear()
-        if not self._sums:
-            self._divisor = self.expected_batch_size
-        self._threshold = self._threshold_now()
-        if self._grid is not None:
-            self._grid.begin_pass(self._threshold)
-
-    def _end_pass(self, norm_sq: Tensor) -> None:
-        true_norm_sq = norm_sq / self._scale(max(len(norm_sq), 1)) ** 2
-        if self._users is not None:
-            true_norm_sq = self._users.end_pass(true_norm_sq)
-        for name, total in self._staged.items():
-            _accumulate(self._sums, name, total)
-        self._staged.clear()
-        self._limits.append(self._threshold.whole)
-        self._norm_sq.append(true_norm_sq)
 
     # --- the step ------------------------------------------------------------------------------------------------
 
@@ -344,12 +285,10 @@ class DPEngine:
             )
         if torch._C._current_graph_task_id() != -1:
             raise PrivacyError("optimizer.step() within backward(): the sums are not complete; call it afterwards")
-        limits = self._limits or [self._threshold_now().whole]
         with torch._C.DisableTorchFunctionSubclass():
             trained = [(name, p) for name, p in self._owned if p.requires_grad]
             check_grads(trained, self._known_grads)
-            sums = [self._sums[name] if name in self._sums else self._zeros(p) for name, p in trained]
-            for (_, p), total in zip(trained, self._noisy(sums, limits), strict=True):
+            for (_, p), total in zip(trained, self._sums.release(trained), strict=True):
                 grad = total.to(p.dtype)
                 p.grad = grad if p.grad is None else p.grad.add_(grad)
         self._known_grads = {name for name, _ in trained}
@@ -359,27 +298,6 @@ class DPEngine:
         self.steps += 1
         for _, p in self._owned:
             p.__class__ = nn.Parameter  # type: ignore[assignment]  # an optimizer is fast on these
-
-    def _noisy(self, sums: list[Tensor], limits: Sequence[Limit]) -> list[Tensor]:
-        """What a step releases of its clipped sums: with noise, over the expected batch size."""
-        if (self.noise.mode == "secure") != (self._grid is not None):
-            raise PrivacyError("noise: was replaced by one of another mode; make a new DPEngine with it")
-        limit = functools.reduce(larger, limits)
-        std = limit * self.noise_multiplier / self.expected_batch_size
-        if self._grid is not None:
-            shown = self._grid.floats(sums) if self.measure_signal else sums
-            self._metrics = Metrics(self._norm_sq, limits, shown, std, self.measure_signal)
-            return self._grid.release(sums, float(limit)) if sums else []
-        if self._sums and self._divisor != self.expected_batch_size:
-            torch._foreach_mul_(sums, self._divisor / self.expected_batch_size)
-        self._metrics = Metrics(self._norm_sq, limits, sums, std, self.measure_signal)
-        if self.noise_multiplier and sums:
-            add_gaussian_noise_(sums, std, self.noise)
-        return sums
-
-    def _zeros(self, parameter: Tensor) -> Tensor:
-        dtype = torch.int64 if self._grid else sum_dtype(parameter)
-        return torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
 
     def _after_step(self, *args: Any) -> None:
         for _, p in self._owned:
@@ -395,7 +313,7 @@ class DPEngine:
     def _grad_set(self, parameter: PrivateParameter) -> None:
         """Its `.grad` was assigned."""
         if parameter.grad is None:
-            self._sums.pop(parameter._dp_name, None)
+            self._sums.drop(parameter._dp_name)
             self._known_grads.discard(parameter._dp_name)
         elif self._public:
             self._known_grads.add(parameter._dp_name)
@@ -405,12 +323,7 @@ class DPEngine:
         self._passes.drop()  # which an adapter may have put in place of the first
 
     def _forget(self) -> None:
-        self._sums.clear()
-        self._staged.clear()
-        self._limits, self._norm_sq = [], []
-        for of_step in (self._grid, self._users):
-            if of_step is not None:
-                of_step.forget()
+        self._sums.forget()
         self._passes.forget()
 
     # --- what it knows -------------------------------------------------------------------------------------------
@@ -419,9 +332,9 @@ class DPEngine:
 
     def metrics(self) -> Metrics:
         """Of the last step, and private: no guarantee covers them. The host waits for the device only to read them."""
-        if self._metrics is None:
+        if self._sums.metrics is None:
             raise RuntimeError("metrics(): no step was taken yet")
-        return self._metrics
+        return self._sums.metrics
 
     def state_dict(self) -> dict[str, Any]:
         """Steps taken and settings; never the key of the noise: a resumed run draws a fresh one."""
@@ -454,7 +367,3 @@ def _leaves(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
     if not kwargs and all(isinstance(x, Tensor) for x in args):
         return list(args)
     return [x for x in tree_leaves((args, dict(kwargs))) if isinstance(x, Tensor)]
-
-
-def _accumulate(sums: dict[str, Tensor], name: str, total: Tensor) -> None:
-    sums[name] = sums[name].add_(total) if name in sums else total

@@ -76,7 +76,7 @@ class Passes:
             loss.backward(retain_graph=True)
             self._expected = dict(self._received)
             if self._norm_sq is not None:
-                self.coef = self._engine._coef(self._norm_sq, None)
+                self.coef = self._engine._sums.coef(self._norm_sq, None)
             loss.backward()
         finally:
             self.twice, self.coef = False, None
@@ -106,7 +106,7 @@ class Passes:
             if self.coef is None:
                 self._number += 1
                 self._received.clear()
-                self._engine._begin_pass()
+                self._engine._sums.begin_pass()
             self._now = _Pass(task, self._number)  # what an aborted backward pass left is dropped
             torch.autograd.Variable._execution_engine.queue_callback(lambda: self._end(task))
         return self._now
@@ -191,27 +191,27 @@ class Passes:
             return
         now.norms.append(_total([factors.norm_sq() for _, factors in parts]))
         if self.coef is not None:
-            self._sum(parts, engine._released(self.coef))
+            self._sum(parts, engine._sums.released(self.coef))
 
     def _clip(self, parts: list[Record], layer: str | None) -> Tensor:
         """Sum gradients, clipped as one by the threshold of a layer or the whole; their squared norms `[B]`."""
-        engine = self._engine
-        if engine._users is not None:
-            parts = engine._users.summed(parts)
-        if engine._grid is not None:
-            return engine._grid.clip(parts, layer)
+        sums = self._engine._sums
+        if sums.users is not None:
+            parts = sums.users.summed(parts)
+        if sums.grid is not None:
+            return sums.grid.clip(parts, layer)
         joined = self._take_last(parts)
         norm_sq = [factors.norm_sq() for _, factors in parts]
         if joined is None:
             total = _total(norm_sq)
         else:
             parameters, conv = joined
-            total, sums = conv.norm_clip_sum(norm_sq, engine._limit(conv.samples, layer))
-            for parameter, clipped in zip(parameters, sums, strict=True):
-                engine._add(parameter, clipped.div_(engine._divided(conv.samples)))
+            total, clipped = conv.norm_clip_sum(norm_sq, sums.limit(conv.samples, layer))
+            for parameter, clipped_sum in zip(parameters, clipped, strict=True):
+                sums.add(parameter, clipped_sum.div_(sums.divided(conv.samples)))
             del joined, conv
         if parts:
-            coef = engine._released(engine._coef(total, layer))
+            coef = sums.released(sums.coef(total, layer))
         while parts:  # each is freed when it is summed
             self._sum([parts.pop()], coef)
         return total
@@ -228,7 +228,7 @@ class Passes:
     def _sum(self, parts: Sequence[Record], coef: Tensor) -> None:
         for parameters, factors in parts:
             for parameter, total in zip(parameters, factors.clip_sum(coef), strict=True):
-                self._engine._add(parameter, total)
+                self._engine._sums.add(parameter, total)
 
     def _end(self, task: int) -> None:
         if self._now is None or self._now.task == task:  # else one on another thread has begun since
@@ -254,7 +254,7 @@ class Passes:
                 else:
                     self._check_repeats(norm_sq)
             if self._norm_sq is not None and (self.coef is not None or (now.norms and not self.twice)):
-                self._engine._end_pass(self._norm_sq)
+                self._engine._sums.end_pass(self._norm_sq)
 
     def _check_repeats(self, norm_sq: Tensor) -> None:
         """The norms of the first of two backward passes must bound the gradients of the second."""

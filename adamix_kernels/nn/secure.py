@@ -18,13 +18,14 @@ from adamix_kernels.ops.norm import grad_norm_sq
 
 if TYPE_CHECKING:
     from adamix_kernels.nn.engine import DPEngine
+    from adamix_kernels.nn.sums import StepSums
 
 
 class GridSums:
     """The grid of a step: one for all parameters, by the threshold of the whole gradient. Sums are int64."""
 
-    def __init__(self, engine: DPEngine) -> None:
-        self._engine = engine
+    def __init__(self, engine: DPEngine, sums: StepSums) -> None:
+        self._engine, self._sums = engine, sums
         self.forget()
 
     def forget(self) -> None:
@@ -35,7 +36,7 @@ class GridSums:
     def begin_pass(self, threshold: Threshold) -> None:
         """The threshold must be the same in all backward passes of a step, as their sums are of one grid."""
         limits = [float(threshold.whole), *(float(threshold.layer(name)) for name in sorted(threshold.layers))]
-        if not self._engine._sums:  # the first, or the first that was not broken off
+        if not self._sums.totals:  # the first, or the first that was not broken off
             self._limits, self._grid, self._rows = limits, self._grid_for(limits[0]), 0
         elif limits != self._limits:
             raise PrivacyError(
@@ -48,20 +49,20 @@ class GridSums:
 
     def clip(self, parts: Sequence[tuple[tuple[PrivateParameter, ...], Factors]], layer: str | None) -> Tensor:
         """Add gradients, clipped as one by the threshold of a layer or the whole; their squared norms `[B]`."""
-        engine = self._engine
+        step = self._sums
         grads = [grad for _, factors in parts for grad in factors.grad_sample()]
         norm_sq = grad_norm_sq(grads)
         self._rows += len(norm_sq)
         if self._rows > MOST_ROWS:
             raise PrivacyError(f"backward(): {self._rows} samples since the last step; 2^36 are the most that fit")
-        coef = engine._coef(norm_sq, layer).double() / engine._scale(max(len(norm_sq), 1))
-        threshold = engine._threshold
+        coef = step.coef(norm_sq, layer).double() / step.scale(len(norm_sq))
+        threshold = step.threshold
         limit = float(threshold.whole if layer is None else threshold.layer(layer))
         if len(threshold.layers) > 1 and layer is not None:
             limit *= 1 - 2.0**-50  # so that all layers together are not above the whole by a rounding
         sums = grid_clip_sum(grads, round_down(coef), limit, self._grid)
         for parameter, total in zip((p for ps, _ in parts for p in ps), sums, strict=True):
-            engine._add(parameter, total)
+            step.add(parameter, total)
         return norm_sq.double()
 
     def floats(self, sums: Sequence[Tensor]) -> list[Tensor]:
@@ -71,6 +72,6 @@ class GridSums:
     def release(self, sums: Sequence[Tensor], limit: float) -> list[Tensor]:
         """Noisy sums over the expected batch size: float32, before that division multiples of the grid."""
         engine = self._engine
-        grid = self._grid if engine._sums else self._grid_for(limit)  # without a backward pass it is noise alone
+        grid = self._grid if self._sums.totals else self._grid_for(limit)  # without a backward pass it is noise alone
         released = grid_release(sums, limit * engine.noise_multiplier, grid, engine.noise)
         return list(torch._foreach_div(released, engine.expected_batch_size))

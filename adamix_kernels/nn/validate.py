@@ -102,12 +102,12 @@ class _Recorder(Passes):
         groups: list[tuple[str | None, Any]] = list(now.records.items())
         if engine.strategy != "per_layer":
             groups = [(None, [record for _, records in groups for record in records])]
-        scale = engine._scale(max(now.samples or 0, 1))
+        scale = engine._sums.scale(now.samples or 0)
         with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
             for layer, records in groups:
                 parts = combine(records)
                 norms = [factors.norm_sq().double() for _, factors in parts]
-                coef = engine._coef(torch.stack(norms).sum(0), layer) if norms else torch.zeros(0)
+                coef = engine._sums.coef(torch.stack(norms).sum(0), layer) if norms else torch.zeros(0)
                 self.found += [
                     _Found(ps, factors, norm.sqrt() / scale, coef, factors.clip_sum(coef), scale)
                     for (ps, factors), norm in zip(parts, norms, strict=True)
@@ -191,9 +191,9 @@ _REMEDY = (
 @contextmanager
 def _undisturbed(engine: DPEngine) -> Iterator[list[str]]:
     """What a forward or backward pass changes is put back. Yields notes for the report."""
-    kept = ("_passes", "_threshold", "_forwards", "batch_size", "forward_number", "input_storages")
+    kept = ("_passes", "_forwards", "batch_size", "forward_number", "input_storages")
     values = {name: getattr(engine, name) for name in kept}
-    staged = dict(engine._staged)
+    staged, threshold = dict(engine._sums.staged), engine._sums.threshold
     buffers = [(buffer, buffer.clone()) for buffer in engine.model.buffers()]
     devices = {p.device.index for _, p in engine._owned if p.device.type == "cuda"}
     notes: list[str] = []
@@ -217,7 +217,8 @@ def _undisturbed(engine: DPEngine) -> Iterator[list[str]]:
                 buffer.copy_(saved)
         for name, value in values.items():
             setattr(engine, name, value)
-        engine._staged.update(staged)
+        engine._sums.staged.update(staged)
+        engine._sums.threshold = threshold
 
 
 def _plain(batch: Any) -> Any:

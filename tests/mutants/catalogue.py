@@ -9,6 +9,7 @@ from catalogue_secure import SECURE_MUTANTS
 from mutant import Mutant
 
 ENGINE = "adamix_kernels/nn/engine.py"
+SUMS = "adamix_kernels/nn/sums.py"
 PASSES = "adamix_kernels/nn/passes.py"
 COMBINE = "adamix_kernels/nn/combine.py"
 CLIPPING = "adamix_kernels/nn/clipping.py"
@@ -40,48 +41,50 @@ MECHANISM_TESTS = "tests/trainer/test_mechanism.py"
 TRAINER_TESTS = "tests/trainer/test_trainer.py"
 NOISE_TESTS = "tests/kernels/test_noise.py"
 
-_STD = "std = limit * self.noise_multiplier / self.expected_batch_size"
+_STD = "std = limit * engine.noise_multiplier / engine.expected_batch_size"
 _TAKEN = "taken = (self._noise.uniform(self.num_samples) < rate).nonzero().flatten()"
 _CHOSEN = "chosen = self.noise.uniform(len(rows.y), rows.x.device) < sample_rate"
 
 NOISE_MUTANTS = [
-    Mutant("noise x 0.95", ENGINE, _STD, _STD.replace("limit", "0.95 * limit"), (AUDIT_CHECKS,)),
-    Mutant("noise of the sum on the mean of means", ENGINE, _STD, f"{_STD} ** 2", (AUDIT_CHECKS,)),
-    Mutant("noise without the threshold", ENGINE, _STD, _STD.replace("limit * ", ""), (AUDIT_CHECKS,)),
+    Mutant("noise x 0.95", SUMS, _STD, _STD.replace("limit", "0.95 * limit"), (AUDIT_CHECKS,)),
+    Mutant("noise of the sum on the mean of means", SUMS, _STD, f"{_STD} ** 2", (AUDIT_CHECKS,)),
+    Mutant("noise without the threshold", SUMS, _STD, _STD.replace("limit * ", ""), (AUDIT_CHECKS,)),
     Mutant(
         "noise of the last threshold, not the largest",
-        ENGINE,
+        SUMS,
         "limit = functools.reduce(larger, limits)",
         "limit = limits[-1]",
         (f"{STEPS}::test_noise_is_that_of_the_largest_threshold",),
     ),
     Mutant(
         "noise for each micro-batch as well",
-        ENGINE,
-        "            _accumulate(self._sums, name, total)\n",
-        "            std = float(self._threshold.whole) * self.noise_multiplier / self.expected_batch_size\n"
-        "            _accumulate(self._sums, name, add_gaussian_noise_(total, std, self.noise))\n",
+        SUMS,
+        "            _accumulate(self.totals, name, total)\n",
+        "            engine = self._engine\n"
+        "            std = float(self.threshold.whole) * engine.noise_multiplier / engine.expected_batch_size\n"
+        "            _accumulate(self.totals, name, add_gaussian_noise_(total, std, engine.noise))\n",
         (AUDIT_CHECKS, "tests/nn/test_engine.py::test_micro_batches_change_nothing"),
     ),
     Mutant(
         "no noise where no backward pass was",
-        ENGINE,
-        "if self.noise_multiplier and sums:",
-        "if self.noise_multiplier and self._sums:",
+        SUMS,
+        "if engine.noise_multiplier and sums:",
+        "if engine.noise_multiplier and self.totals:",
         (f"{STEPS}::test_noise_of_a_step_has_its_standard_deviation",),
     ),
     Mutant(
         "an empty batch is skipped",
-        ENGINE,
-        "        if self.noise_multiplier and sums:",
-        "        if self.noise_multiplier and any(float(s.abs().sum()) for s in sums):",
+        SUMS,
+        "        if engine.noise_multiplier and sums:",
+        "        if engine.noise_multiplier and any(float(s.abs().sum()) for s in sums):",
         (AUDIT_CHECKS,),
     ),
     Mutant(
         "parameters that were not used get no noise",
         ENGINE,
         "trained = [(name, p) for name, p in self._owned if p.requires_grad]",
-        "trained = [(n, p) for n, p in self._owned if p.requires_grad and (n in self._sums or not self._sums)]",
+        "used = self._sums.totals\n"
+        "            trained = [(n, p) for n, p in self._owned if p.requires_grad and (n in used or not used)]",
         (f"{STEPS}::test_noise_reaches_unused_parameters_and_never_repeats",),
     ),
     Mutant("same noise in each step", NOISE, "self._draws += 1", "self._draws = 1", (AUDIT_CHECKS,)),
@@ -174,30 +177,30 @@ CLIPPING_MUTANTS = [
     ),
     Mutant(
         "factor of loss scaling left out",
-        ENGINE,
-        "return self.loss_scale / (samples",
-        "return 1.0 / (samples",
+        SUMS,
+        "return self._engine.loss_scale / (max(samples, 1)",
+        "return 1.0 / (max(samples, 1)",
         (f"{SCALE}::test_a_scaled_loss_is_clipped_as_the_loss_itself",),
     ),
     Mutant(
         "a mean is taken for one over the expected batch",
-        ENGINE,
-        '(samples if self.loss_reduction == "mean" else 1)',
-        '(self.expected_batch_size if self.loss_reduction == "mean" else 1)',
+        SUMS,
+        "(max(samples, 1) if mean else 1)",
+        "(self._engine.expected_batch_size if mean else 1)",
         (f"{SCALE}::test_a_scaled_loss_is_clipped_as_the_loss_itself",),
     ),
     Mutant(
         "sums divided by the realised batch",
-        ENGINE,
-        "return self._scale(max(samples, 1)) * self._divisor",
-        "return self._scale(max(samples, 1)) * max(samples, 1)",
+        SUMS,
+        "return self.scale(samples) * self._divisor",
+        "return self.scale(samples) * max(samples, 1)",
         (f"{AUDIT_CANARY}[auto-fast]",),
     ),
     Mutant(
         "a new expected batch size is taken the wrong way round",
-        ENGINE,
-        "torch._foreach_mul_(sums, self._divisor / self.expected_batch_size)",
-        "torch._foreach_mul_(sums, self.expected_batch_size / self._divisor)",
+        SUMS,
+        "torch._foreach_mul_(sums, self._divisor / engine.expected_batch_size)",
+        "torch._foreach_mul_(sums, engine.expected_batch_size / self._divisor)",
         (f"{SCALE}::test_the_expected_batch_size_of_the_step_is_what_sums_are_divided_by",),
     ),
     Mutant(
@@ -282,9 +285,9 @@ LOOP_MUTANTS = [
     ),
     Mutant(
         "sums of a failed backward pass are kept",
-        ENGINE,
-        "        self._staged.clear()\n        if not self._sums:",
-        "        if not self._sums:",
+        SUMS,
+        "        self.staged.clear()\n        if not self.totals:",
+        "        if not self.totals:",
         (f"{STEPS}::test_a_failed_backward_pass_leaves_nothing",),
     ),
     Mutant(

@@ -24,7 +24,7 @@ USER_MUTANTS = [
     Mutant(
         "the engine clips a user's rows one by one",
         PASSES,
-        "            parts = engine._users.summed(parts)\n",
+        "            parts = sums.users.summed(parts)\n",
         "            pass\n",
         (f"{ENGINE_USER_TESTS}::test_a_user_of_many_rows_adds_at_most_the_threshold",),
     ),

@@ -73,7 +73,7 @@ def check(
         small = 1e-10 if dtype == torch.float64 else 1e-5
         torch.testing.assert_close(out, expected_out, rtol=small, atol=small)
         dp.backward(losses(out).sum())
-        torch.testing.assert_close(dp._norm_sq[0].double().sqrt(), norms, rtol=NORM_TOLERANCE[dtype], atol=1e-15)
+        torch.testing.assert_close(dp._sums.norm_sq[0].double().sqrt(), norms, rtol=NORM_TOLERANCE[dtype], atol=1e-15)
         optimizer.step()
         layers = sorted({dp.layers[name] for name in grads[0]}) if strategy == "per_layer" else [None]
         for layer in layers:

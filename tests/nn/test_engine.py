@@ -160,7 +160,7 @@ def test_sums_of_half_parameters_are_float32(dtype: torch.dtype) -> None:
     dp = engine(model, max_grad_norm=1.0, loss_reduction="sum", expected_batch_size=4096.0)
     for _ in range(64):  # in bf16 the sum would stop growing at 256
         dp.model(torch.full((64, 4), 0.5, dtype=dtype)).sum().backward()
-    assert dp._sums["weight"].dtype == torch.float32
+    assert dp._sums.totals["weight"].dtype == torch.float32
     torch.testing.assert_close(step(dp)["weight"], torch.full((1, 4), 0.5, dtype=dtype), rtol=1e-2, atol=0)
 
 

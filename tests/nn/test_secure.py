@@ -81,7 +81,7 @@ def test_so_does_a_sample_among_others(strategy: str, samples: int) -> None:
         dp = secure(classifier(torch.float32), strategy=strategy, loss_reduction="mean")
         others = torch.full((samples - 1, 5), torch.nan)  # they add exactly nothing
         run(dp, (torch.cat([x * factor, others]), torch.cat([y, y.repeat(samples - 1)])))
-        whole = [q for total in dp._sums.values() for q in total.flatten().tolist()]
+        whole = [q for total in dp._sums.totals.values() for q in total.flatten().tolist()]
         norm_sq = sum(q * q for q in whole)
         assert norm_sq * Fraction(grid) ** 2 <= Fraction(LIMIT) ** 2
         clipped += norm_sq * Fraction(grid) ** 2 > Fraction(0.99 * LIMIT) ** 2

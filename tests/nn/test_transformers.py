@@ -115,7 +115,7 @@ def test_norms_and_clipped_sums(name):
     dp = DPEngine(model, optimizer, **settings)
     loss = given[-1]
     loss(model, *given[:-1]).backward()
-    torch.testing.assert_close(dp._norm_sq[0].double(), norms, rtol=1e-4, atol=0)
+    torch.testing.assert_close(dp._sums.norm_sq[0].double(), norms, rtol=1e-4, atol=0)
     optimizer.step()
     largest = max(total.abs().max().item() for total in sums)
     for (key, p), total in zip(model.named_parameters(), sums, strict=True):

@@ -141,10 +141,10 @@ def test_rows_without_users_are_refused(strategy: str) -> None:
     dp = by_user(classifier(), strategy=strategy)
     with pytest.raises(PrivacyError, match="unit is 'user', and nothing tells whose rows"):
         run(dp, batch())
-    assert not dp._sums
+    assert not dp._sums.totals
     with dp.users(IDS[:9]), pytest.raises(PrivacyError, match="users: 9 ids for a batch of 10 rows"):
         run(dp, batch())
-    assert not dp._sums
+    assert not dp._sums.totals
     with dp.users(IDS):
         run(dp, batch())
     step(dp)

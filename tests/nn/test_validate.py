@@ -70,17 +70,21 @@ def test_nothing_is_disturbed() -> None:
     with dp.public():
         dp.model(ids).square().mean().backward()
     grads = [None if p.grad is None else p.grad.clone() for p in dp.model.parameters()]
-    sums = {name: total.clone() for name, total in dp._sums.items()}
+    sums = {name: total.clone() for name, total in dp._sums.totals.items()}
     calls, random = dp.model.calls.clone(), torch.get_rng_state()
-    before = {key: value for key, value in vars(dp).items() if key not in ("_sums", "_owned", "layers")}
+    held = [vars(dp), vars(dp._sums)]
+    before = [{key: value for key, value in each.items() if key not in ("_owned", "layers", "totals")} for each in held]
     dp.validate(ids)
     for p, grad in zip(dp.model.parameters(), grads, strict=True):
         assert (p.grad is None and grad is None) or torch.equal(p.grad, grad)
-    assert dp._sums.keys() == sums.keys() and all(torch.equal(dp._sums[name], sums[name]) for name in sums)
+    assert dp._sums.totals.keys() == sums.keys() and all(
+        torch.equal(dp._sums.totals[name], sums[name]) for name in sums
+    )
     assert torch.equal(calls, dp.model.calls) and torch.equal(random, torch.get_rng_state())
     assert all(module.training for module in dp.model.modules())
     assert noise.next_draw() == 0 and dp.steps == 0
-    assert all(vars(dp)[key] is value or vars(dp)[key] == value for key, value in before.items())
+    for each, was in zip(held, before, strict=True):
+        assert all(each[key] is value or each[key] == value for key, value in was.items())
 
 
 def test_the_training_after_it_is_the_same() -> None:

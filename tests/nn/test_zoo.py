@@ -70,7 +70,7 @@ def step(module: Any, batch: Any, **options: Any) -> tuple[Grads, Tensor, Any]:
     outputs = module(*batch)
     loss = losses(outputs)
     dp.backward(loss.mean() if len(loss) else loss.sum())
-    found = torch.stack(dp._norm_sq).sum(0).double().sqrt() if dp._norm_sq else torch.zeros(0)
+    found = torch.stack(dp._sums.norm_sq).sum(0).double().sqrt() if dp._sums.norm_sq else torch.zeros(0)
     during = module.state_dict()
     optimizer.step()
     sums = {name: p.grad.clone() for name, p in module.named_parameters() if p.requires_grad}
