@@ -111,6 +111,9 @@ class Ledger:
     ) -> str:
         """Note a run before it begins; returns its id (`run`, or a random one).
 
+        Batches that a sampler cuts short (`max_batch_size`) cost more than Poisson ones of their rate: note them as
+        full batches, `sample_rate` 1, with half of the noise, as one record more may push another one out.
+
         Raises:
             InputError: all its steps, with what the ledger holds, would exceed the budget.
         """
