@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import zlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from adamix_kernels.ops.noise import add_gaussian_noise_
 
 if TYPE_CHECKING:
     from adamix_kernels.nn.engine import DPEngine
+    from adamix_kernels.nn.ranks import Ranks
 
 
 class StepSums:
@@ -57,6 +59,8 @@ class StepSums:
 
     def begin_pass(self) -> None:
         self.staged.clear()
+        if self._engine.shards is not None:
+            self._engine.shards.begin([name for name, p in self._engine._stepped if p.requires_grad])
         if not self.totals:
             self._divisor = self._engine.expected_batch_size
         self.threshold = self._threshold_now()
@@ -65,7 +69,7 @@ class StepSums:
 
     def _threshold_now(self) -> Threshold:
         engine = self._engine
-        parameters = engine._owned or engine.model.named_parameters()
+        parameters: Any = engine._stepped or engine.model.named_parameters()
         with torch._C.DisableTorchFunctionSubclass():
             trained = {engine.layers[name] for name, p in parameters if p.requires_grad}
         return Threshold.of(engine.max_grad_norm, trained)
@@ -95,12 +99,18 @@ class StepSums:
 
     def add(self, parameter: PrivateParameter, total: Tensor) -> None:
         """Add a clipped sum to what the step releases, once this backward pass has ended well."""
-        _accumulate(self.staged, parameter._dp_name, total if self.grid else total.to(sum_dtype(total)))
+        total = total if self.grid else total.to(sum_dtype(total))
+        if self._engine.shards is not None:
+            self._engine.shards.add(parameter._dp_name, total)
+        else:
+            _accumulate(self.staged, parameter._dp_name, total)
 
     def end_pass(self, norm_sq: Tensor) -> None:
         true_norm_sq = norm_sq / self.scale(len(norm_sq)) ** 2
         if self.users is not None:
             true_norm_sq = self.users.end_pass(true_norm_sq)
+        if self._engine.shards is not None:
+            self.staged = self._engine.shards.finish(torch.int64 if self.grid else None)
         for name, total in self.staged.items():
             _accumulate(self.totals, name, total)
         self.staged.clear()
@@ -114,23 +124,61 @@ class StepSums:
         engine = self._engine
         if (engine.noise.mode == "secure") != (self.grid is not None):
             raise PrivacyError("noise: was replaced by one of another mode; make a new DPEngine with it")
-        sums = [self.totals[name] if name in self.totals else self._zeros(p) for name, p in trained]
+        sums = [self.totals[name] if name in self.totals else self._zeros(name, p) for name, p in trained]
         limits = self._limits or [self._threshold_now().whole]
-        limit = functools.reduce(larger, limits)
-        std = limit * engine.noise_multiplier / engine.expected_batch_size
-        if self.grid is not None:
-            shown = self.grid.floats(sums) if engine.measure_signal else sums
-            self.metrics = Metrics(self.norm_sq, limits, shown, std, engine.measure_signal)
-            return self.grid.release(sums, float(limit)) if sums else []
-        if self.totals and self._divisor != engine.expected_batch_size:
+        limit, offsets, parts = functools.reduce(larger, limits), None, sums
+        if self.totals and self._divisor != engine.expected_batch_size and self.grid is None:
             torch._foreach_mul_(sums, self._divisor / engine.expected_batch_size)
-        self.metrics = Metrics(self.norm_sq, limits, sums, std, engine.measure_signal)
-        if engine.noise_multiplier and sums:
-            add_gaussian_noise_(sums, std, engine.noise)
-        return sums
+        if engine.ranks is not None:
+            limit = self._agreed(engine.ranks, trained, limit)
+            parts, offsets = engine.ranks.reduce(trained, sums)
+        std = limit * engine.noise_multiplier / engine.expected_batch_size
+        shown = self.grid.floats(sums) if self.grid is not None and engine.measure_signal else sums
+        self.metrics = Metrics(self.norm_sq, limits, shown, std, engine.measure_signal)
+        if self.grid is not None:
+            parts = self.grid.release(parts, float(limit), offsets) if parts else []
+        elif engine.noise_multiplier and parts:
+            add_gaussian_noise_(parts, std, engine.noise, offsets)
+        return parts if engine.ranks is None else engine.ranks.collect(parts, sums)
 
-    def _zeros(self, parameter: Tensor) -> Tensor:
+    def _agreed(self, ranks: Ranks, trained: Sequence[tuple[str, Tensor]], limit: Limit) -> Limit:
+        """The largest threshold of all ranks, which must draw the same noise on the same parameters.
+
+        A rank that finds no reason to stop must not step alone: all see the numbers of all, and raise together.
+        """
+        engine = self._engine
+        known = [] if engine.shards is not None else [p.grad is not None for _, p in trained]
+        waits = isinstance(limit, Tensor) and limit.device.type != "cpu"
+        names = zlib.crc32("\n".join(name for name, _ in trained).encode())
+        equal = {
+            "optimizer.step(): steps taken": engine.steps,
+            "noise: draws": engine.noise._draws,
+            "noise_multiplier": engine.noise_multiplier,
+            "expected_batch_size": engine.expected_batch_size,
+            "parameters that are trained (checksum)": names,
+            "max_grad_norm: whether on a device": waits,
+        }
+        of_grid = [0, 0.0] if self.grid is None else [self.grid.rows, self.grid.step if self.totals else 0.0]
+        found = ranks.rows_of_all([*equal.values(), *of_grid, 0.0 if waits else float(limit), *known])
+        for i, name in enumerate(equal):
+            if len(values := {row[i] for row in found}) > 1:
+                raise PrivacyError(
+                    f"{name}: differs between ranks, {sorted(values)}; all ranks must take the same steps"
+                )
+        at = len(equal)
+        if self.grid is not None:
+            self.grid.join(sum(int(row[at]) for row in found), {row[at + 1] for row in found if row[at + 1]})
+        if self.users is not None:
+            ranks.check_disjoint(self.users.seen)
+        ranks.average(trained, [any(column) for column in zip(*(row[at + 3 :] for row in found), strict=True)])
+        if isinstance(limit, Tensor) and waits:
+            return ranks.greatest(limit)
+        return max(row[at + 2] for row in found)
+
+    def _zeros(self, name: str, parameter: Tensor) -> Tensor:
         dtype = torch.int64 if self.grid else sum_dtype(parameter)
+        if self._engine.shards is not None:
+            return self._engine.shards.zeros(name, dtype, parameter.device)
         return torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
 
 

@@ -75,6 +75,13 @@ class Noise:
         source._start(key, mode)
         return source
 
+    @classmethod
+    def _at(cls, words: Sequence[int], mode: str, draws: int) -> Noise:
+        """The source of another process of the same job, which draws other parts of the same draws."""
+        source = cls._with_key(bytes(32), mode)
+        source._key, source._draws = list(words), draws
+        return source
+
     def _start(self, key: bytes, mode: str) -> None:
         words = [int.from_bytes(key[i : i + 4], "little") for i in range(0, 32, 4)]
         self.mode = mode
