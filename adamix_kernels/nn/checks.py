@@ -120,7 +120,8 @@ def check_grads(trained: Sequence[tuple[str, Tensor]], known: set[str]) -> None:
         if parameter.grad is not None and name not in known:
             raise PrivacyError(
                 f"parameter {name!r} has a .grad that came neither from public() nor from a step, and may hold private "
-                "samples without noise; set it within public() if it does not"
+                "samples without noise; set it within public() if it does not. torch.distributed.checkpoint makes the "
+                "state of an optimizer by such a step: call get_state_dict() within restoring()"
             )
 
 

@@ -147,7 +147,8 @@ class StepSums:
         A rank that finds no reason to stop must not step alone: all see the numbers of all, and raise together.
         """
         engine = self._engine
-        known = [] if engine.shards is not None else [p.grad is not None for _, p in trained]
+        all_named = [] if engine.shards is not None else engine._stepped  # also frozen ones: rows are equally long
+        known = [p.grad is not None and p.requires_grad for _, p in all_named]
         waits = isinstance(limit, Tensor) and limit.device.type != "cpu"
         names = zlib.crc32("\n".join(name for name, _ in trained).encode())
         equal = {
@@ -170,7 +171,7 @@ class StepSums:
             self.grid.join(sum(int(row[at]) for row in found), {row[at + 1] for row in found if row[at + 1]})
         if self.users is not None:
             ranks.check_disjoint(self.users.seen)
-        ranks.average(trained, [any(column) for column in zip(*(row[at + 3 :] for row in found), strict=True)])
+        ranks.average(all_named, [any(column) for column in zip(*(row[at + 3 :] for row in found), strict=True)])
         if isinstance(limit, Tensor) and waits:
             return ranks.greatest(limit)
         return max(row[at + 2] for row in found)
