@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from adamix_kernels.nn.adaptive import PublicQuantile
 from adamix_kernels.nn.errors import PrivacyError
 from adamix_kernels.nn.ranks import Ranks, Replicas
 from adamix_kernels.ops.noise import Noise
@@ -76,10 +77,11 @@ def agreed_noise(ranks: Ranks | None, noise: Noise) -> Noise:
 
 def settings_of(engine: DPEngine, unit: str) -> dict[str, Any]:
     """What must be equal on all ranks."""
-    limit = engine.max_grad_norm
+    limit: Any = engine.max_grad_norm
+    adaptive = isinstance(limit, PublicQuantile)
     shapes = [(name, list(p.shape), str(p.dtype), p.requires_grad) for name, p in engine.model.named_parameters()]
     return {
-        "max_grad_norm": dict(limit) if isinstance(limit, Mapping) else float(limit),
+        "max_grad_norm": dict(limit) if isinstance(limit, Mapping) else limit if adaptive else float(limit),
         "noise_multiplier": engine.noise_multiplier,
         "expected_batch_size": engine.expected_batch_size,
         "strategy": engine.strategy,

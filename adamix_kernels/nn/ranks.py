@@ -114,7 +114,11 @@ class Ranks:
         dist.all_reduce(limit, dist.ReduceOp.MAX, group=self.group)
         return limit
 
-    def reduce(self, trained: Named, sums: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
+    def added(self, sums: Sequence[Tensor]) -> list[Tensor]:
+        """Over all ranks, whole on each."""
+        raise NotImplementedError
+
+    def reduce(self, sums: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
         """The parts of the sums over all ranks that this rank adds noise to, and where in the draw they begin."""
         raise NotImplementedError
 
@@ -152,7 +156,10 @@ class Replicas(Ranks):
             for p, part in zip(chosen, flat.split([p.numel() for p in chosen]), strict=True):
                 p.grad = part.view_as(p).clone() if p.grad is None else p.grad.copy_(part.view_as(p))
 
-    def reduce(self, trained: Named, sums: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
+    def added(self, sums: Sequence[Tensor]) -> list[Tensor]:
+        return self.collect(self.reduce(sums)[0], sums)
+
+    def reduce(self, sums: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
         parts, offsets, base = [], [], 0
         for bucket in _buckets(sums):
             count = sum(sums[i].numel() for i in bucket)

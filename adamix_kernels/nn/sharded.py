@@ -17,8 +17,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from adamix_kernels.nn.errors import PrivacyError
-from adamix_kernels.nn.ranks import BUCKET, Named, Ranks, reduce_scatter
+from adamix_kernels.nn.ranks import BUCKET, Ranks, reduce_scatter
 from adamix_kernels.ops._numerics import sum_dtype
+
+#: A parameter's name, and whether it is the sum of public rows.
+Key = tuple[str, bool]
 
 
 class Shards(Ranks):
@@ -135,72 +138,87 @@ class Shards(Ranks):
 
     def begin(self, trained: Sequence[str]) -> None:
         """A pass in which sums of these parameters come: about in the reverse of their order."""
-        self._order = list(reversed(trained))
+        self._order = [(name, False) for name in reversed(trained)]
         self._next = 0
-        self._waiting: dict[str, Tensor] = {}
-        self._bucket: list[tuple[str, Tensor]] = []
-        self._ready: dict[str, Tensor] = {}
+        self._waiting: dict[Key, Tensor] = {}
+        self._buckets: dict[torch.dtype, list[tuple[Key, Tensor]]] = {}
+        self._ready: dict[Key, Tensor] = {}
+
+    def expect_public(self) -> None:
+        """The pass has public rows, on all ranks: the public sum of a parameter is sharded beside the private one."""
+        if not any(public for _, public in self._order):  # the second of two backward passes finds it done
+            self._order = [(name, public) for name, _ in self._order for public in (True, False)]
 
     def add(self, name: str, total: Tensor) -> None:
-        """The whole sum of a parameter, which comes once in a pass."""
-        if name in self._waiting or name in self._order[: self._next]:
+        """The whole sum of a parameter, which comes once in a pass, after that of public rows."""
+        if self._order[self._next :].count((name, False)) != 1 or (name, False) in self._waiting:
             raise PrivacyError(f"parameter {name!r}: a second sum in one backward pass, after the first was sharded")
-        if total.is_floating_point():  # of a model in mixed precision it may be another type
-            total = total.to(sum_dtype(self._parameters[name]))
-        self._waiting[name] = total
+        self._put((name, False), total)
+        if (name, True) in self._order[self._next :] and (name, True) not in self._waiting:
+            self.add_public(name, torch.zeros(total.shape, device=total.device))  # this rank has no public row
         self._advance()
+
+    def add_public(self, name: str, total: Tensor) -> None:
+        self._put((name, True), total)
+
+    def _put(self, key: Key, total: Tensor) -> None:
+        if total.is_floating_point():  # of a model in mixed precision it may be another type
+            total = total.to(sum_dtype(self._parameters[key[0]]))
+        self._waiting[key] = total
 
     def _advance(self) -> None:
         while self._next < len(self._order) and self._order[self._next] in self._waiting:
-            name = self._order[self._next]
-            total = self._waiting.pop(name)
-            if self._bucket and self._bucket[-1][1].dtype != total.dtype:
-                self._send()
-            self._bucket.append((name, total))
+            key = self._order[self._next]
+            total = self._waiting.pop(key)
             self._next += 1
-            if sum(x.numel() for _, x in self._bucket) >= BUCKET:
-                self._send()
+            bucket = self._buckets.setdefault(total.dtype, [])
+            bucket.append((key, total))
+            if sum(x.numel() for _, x in bucket) >= BUCKET:
+                self._send(self._buckets.pop(total.dtype))
 
-    def finish(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
-        """The shards of all sums; of parameters that no sample of this rank used, those of the other ranks.
+    def finish(self, dtype: torch.dtype | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The shards of all sums, private ones (of a type if it is not the parameters') and public ones.
 
         All ranks must come here for each pass, also those without a sample: of the other ranks' sums are their shards.
         """
-        for name in self._order[self._next :]:
-            if name not in self._waiting:
-                p = self._parameters[name]
-                self._waiting[name] = torch.zeros(p.shape, dtype=dtype or sum_dtype(p), device=p.device)
+        for key in self._order[self._next :]:
+            if key not in self._waiting:
+                p = self._parameters[key[0]]
+                kind = sum_dtype(p) if key[1] or dtype is None else dtype
+                self._waiting[key] = torch.zeros(p.shape, dtype=kind, device=p.device)
         self._advance()
-        if self._bucket:
-            self._send()
+        for _, bucket in sorted(self._buckets.items(), key=lambda item: str(item[0])):
+            self._send(bucket)
+        self._buckets.clear()
         ready, self._ready = self._ready, {}
-        return ready
+        private, public = ({name: x for (name, of), x in ready.items() if of is kind} for kind in (False, True))
+        return private, public
 
-    def _send(self) -> None:
+    def _send(self, bucket: list[tuple[Key, Tensor]]) -> None:
         """One reduce-scatter of the sums that wait: of each the padded rows of a rank, one behind the other."""
         blocks = []
-        for name, total in self._bucket:
+        for (name, _), total in bucket:
             rows = -(-self._shapes[name][0] // self._count) * self._count
             padded = total.new_zeros(rows, *total.shape[1:])
             padded[: len(total)] = total
             blocks.append(padded.view(self._count, -1))
-        names = [name for name, _ in self._bucket]
-        self._bucket = []
+        keys = [key for key, _ in bucket]
+        bucket.clear()
         flat = torch.cat(blocks, 1)
         part = flat.new_empty(flat.shape[1])
         reduce_scatter(part, flat.view(-1), self._group)
         if self._mesh.ndim == 2:
             dist.all_reduce(part, group=self._mesh.get_group(0))
-        for name, own in zip(names, part.split([block.shape[1] for block in blocks]), strict=True):
-            shape = self._rows(name)[1], *self._shapes[name][1:]
-            self._ready[name] = own[: torch.Size(shape).numel()].view(shape)
+        for key, own in zip(keys, part.split([block.shape[1] for block in blocks]), strict=True):
+            shape = torch.Size((self._rows(key[0])[1], *self._shapes[key[0]][1:]))
+            self._ready[key] = own[: shape.numel()].view(shape)
 
     # --- a step --------------------------------------------------------------------------------------------------
 
-    def reduce(self, trained: Named, sums: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
+    def reduce(self, sums: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
         """The shards themselves; each begins in the draw where its rows do in the parameters one behind the other."""
         offsets, base = [], 0
-        for name, _ in trained:
+        for name in (name for name, p in self.named if p.requires_grad):
             shape = self._shapes[name]
             offsets.append(base + self._rows(name)[0] * shape[1:].numel())
             base += shape.numel()

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from adamix import distributed
-from adamix_kernels import DPEngine, Noise, PrivacyError
+from adamix_kernels import DPEngine, Noise, PrivacyError, PublicQuantile
 
 SIGMA, LIMIT, EXPECTED, ROWS, STEPS = 0.8, 0.5, 16.0, 40, 5
 KINDS = ("plain", "ddp", "fsdp")
@@ -306,6 +306,27 @@ def detached(kind: str) -> bool:
 def gathered() -> list[float]:
     engine = attached("plain")[1]
     return engine.gather(torch.arange(dist.get_rank() * 2.0)).tolist()
+
+
+def mixed(kind: str, strategy: str, mode: str, quantile: float | None) -> tuple[float, Any]:
+    """Five steps on public and private rows, each rank with its own of both: weights and thresholds."""
+    found = []
+    limit = LIMIT if quantile is None else PublicQuantile(quantile)
+    for now in (kind, "local"):
+        settings = {"strategy": strategy, "mode": mode, "loss_reduction": "sum"}
+        called, engine = attached(now, max_grad_norm=limit, **settings)
+        for step, batch in enumerate(batches()):
+            private = own_rows(now, [i for i in batch if i >= 6])
+            public = own_rows(now, [0, 1, 2, 3, 4, 5] if step else [0, 1])  # of some ranks none
+            x, y = (t[public + private].to(device_of(dist.get_rank())) for t in data())
+            with engine.mixed(slice(0, len(public)), weight=0.5):
+                engine.backward(F.cross_entropy(called(x), y, reduction="sum"))
+            engine.optimizer.step()
+            engine.optimizer.zero_grad()
+        weights = {name: whole(p) for name, p in engine.model.named_parameters()}
+        found.append((weights, engine.thresholds))
+    (weights, thresholds), (expected, expected_thresholds) = found
+    return farthest(weights, expected), (thresholds, expected_thresholds)
 
 
 def saved(kind: str, folder: Path) -> dict[str, Tensor]:

@@ -17,6 +17,8 @@ CELLS = [
 ]
 CELLS += [(kind, strategy, "secure", False, 1) for kind in KINDS for strategy in ("auto", "per_layer")]
 CELLS += [(kind, strategy, "fast", False, 2) for kind in KINDS for strategy in ("auto", "per_layer", "two_pass")]
+MIXED = [(kind, strategy, "fast", 0.7) for kind in KINDS for strategy in ("auto", "per_layer", "two_pass")]
+MIXED += [(kind, "auto", mode, q) for kind in KINDS for mode, q in (("fast", None), ("secure", 0.7))]
 
 
 def plan(size: int, folder: Path) -> list[tuple[str, Any, tuple[Any, ...]]]:
@@ -33,6 +35,7 @@ def plan(size: int, folder: Path) -> list[tuple[str, Any, tuple[Any, ...]]]:
         if size == 2:
             found.append((f"saved {kind}", checks.saved, (kind, folder / kind)))
         found.append((f"resumed {kind}", checks.resumed, (kind, folder / kind)))
+    found += [(f"mixed {cell}", checks.mixed, cell) for cell in MIXED]
     found += [(f"micro {kind}", checks.micro_batches_on_one_rank, (kind,)) for kind in ("plain", "ddp")]
     names = (
         "doubt_on_one_rank gathered stateless refusals thresholds_differ key_is_shared frozen_and_thawed shared_table"
@@ -83,6 +86,15 @@ def test_weights_are_those_of_one_process(job: list[dict[str, Any]], cell: tuple
 
 def plan_names(job: list[dict[str, Any]]) -> set[str]:
     return {name for name, *_ in plan(len(job), Path())}
+
+
+@pytest.mark.parametrize("cell", MIXED, ids=str)
+def test_public_rows_are_those_of_all_ranks(job: list[dict[str, Any]], cell: tuple[Any, ...]) -> None:
+    """Their sums are added, and their norms together set thresholds, the same on all ranks."""
+    for off, (thresholds, expected) in results(job, f"mixed {cell}"):
+        assert off < 2e-6
+        torch.testing.assert_close(thresholds, expected, rtol=1e-5, atol=0)
+        torch.testing.assert_close(thresholds, results(job, f"mixed {cell}")[0][1][0], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("mode", ["fast", "secure"])
