@@ -25,7 +25,7 @@ def main(folder: Path, kind: str, dies_at: int) -> None:
     torch.set_num_threads(1)
     backend = "nccl" if torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"]) else "gloo"
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if backend == "nccl" else torch.device("cpu")
-    dist.init_process_group(backend, timeout=distributed.TIMEOUT)
+    distributed.start(backend)
     torch.manual_seed(0)
     model: nn.Module = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3)).to(device)
     if kind == "ddp":
