@@ -101,7 +101,7 @@ class PublicThresholds:
             raise PrivacyError(
                 f"max_grad_norm: the threshold{where} is due to be set by public rows, and this backward pass has "
                 "none; have them in the first one of a step, within mixed(public_rows), or pass "
-                f"{'PublicQuantile(start=)' if self.rule.start is None else 'a larger PublicQuantile(every=)'}"
+                f"{'a larger PublicQuantile(every=)' if name in self._values else 'PublicQuantile(start=)'}"
             )
         self._fixed.add(name)
         return self.known(name)
