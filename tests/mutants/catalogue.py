@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from catalogue_flow import FLOW_MUTANTS, USER_MUTANTS
 from catalogue_ledger import LEDGER_MUTANTS
+from catalogue_mixed import MIXED_MUTANTS
 from catalogue_resume import RESUME_MUTANTS
 from catalogue_secure import SECURE_MUTANTS
 from mutant import Mutant
@@ -441,6 +442,7 @@ MUTANTS = [
     *LOOP_MUTANTS,
     *ACCOUNTING_MUTANTS,
     *LEDGER_MUTANTS,
+    *MIXED_MUTANTS,
     *RESUME_MUTANTS,
     *SECURE_MUTANTS,
     *USER_MUTANTS,
