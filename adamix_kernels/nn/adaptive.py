@@ -148,7 +148,7 @@ class PublicThresholds:
         return torch.tensor(value, dtype=torch.float64, device=next(p.device for _, p in self._engine._owned))
 
     def _share(self, value: float, name: str | None) -> float:
-        return value if name is None else value / math.sqrt(max(1, len(self.layers)))
+        return value / math.sqrt(max(1, len(self.layers))) if value and name is not None else value
 
     # --- by parameter: used together with others, it may be clipped in another layer than its own ------------------
 

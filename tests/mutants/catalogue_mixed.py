@@ -26,7 +26,7 @@ MIXED_MUTANTS = [
     Mutant(
         "norms of all rows set a layer's threshold",
         PASSES,
-        "sums.set_threshold(_total([factors.take(split.public).norm_sq() for _, factors in parts]), layer)",
+        "sums.set_threshold(_total([factors.norm_sq() for factors in public]), layer)",
         "sums.set_threshold(_total([factors.norm_sq() for _, factors in parts]), layer)",
         (f"{BOUNDS}::test_private_rows_do_not_reach_thresholds_or_the_public_part",),
     ),

@@ -194,11 +194,20 @@ def test_layers_take_one_draw_at_consecutive_offsets() -> None:
     assert source.next_draw() == 1
 
 
+LAYERS: dict[str, Any] = {
+    "linear": (lambda: nn.Linear(4, 3, bias=False), (4,)),
+    "positions": (lambda: nn.Linear(40, 30, bias=False), (50, 40)),
+    "conv": (lambda: nn.Conv2d(3, 40, 3, bias=False), (3, 20, 20)),
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_gradients_of_zeros_give_a_threshold_of_zero(strategy: str) -> None:
+def test_gradients_of_zeros_give_a_threshold_of_zero(strategy: str, layer: str) -> None:
     """Then private rows add nothing, whatever they hold, and there is no noise."""
+    make, size = LAYERS[layer]
     for mode in ["fast"] if strategy == "two_pass" else ["fast", "secure"]:
-        model = nn.Linear(4, 3, bias=False)
+        model = make()
         dp = engine(
             model,
             strategy=strategy,
@@ -207,7 +216,7 @@ def test_gradients_of_zeros_give_a_threshold_of_zero(strategy: str) -> None:
             noise=Noise(mode=mode),
             loss_reduction="sum",
         )
-        x = torch.randn(6, 4) * 1e6
+        x = torch.randn(6, *size) * 1e6
         x[:2] = 0
         with dp.mixed(slice(0, 2)):
             dp.backward(model(x).sum())

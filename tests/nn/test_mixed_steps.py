@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from plain_loop import STRATEGIES, assert_same, batch, classifier, engine, run, step
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from adamix_kernels import DPEngine, Noise, PrivacyError, PublicQuantile
@@ -222,6 +223,7 @@ def test_the_kind_of_threshold_changes_between_steps_only() -> None:
     [
         (torch.ones(9, dtype=torch.bool), PrivacyError, "mask of 9 rows for a batch of 10"),
         (slice(0, 11), PrivacyError, "batch of 10 rows"),
+        (slice(11, None), PrivacyError, "batch of 10 rows"),
         (slice(0, 8, 2), PrivacyError, "batch of 10 rows"),
         (torch.ones(10), TypeError, "dtype torch.float32"),
         (torch.ones(2, 5, dtype=torch.bool), ValueError, r"shape \[2, 5\]"),
@@ -272,3 +274,33 @@ def test_a_mask_is_copied() -> None:
         run(dp, (x, y))
     mixed(same)
     assert_same(step(dp), step(same), rtol=1e-12)
+
+
+class Waits(TorchDispatchMode):
+    """Counts what a host would wait for a device in."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        waits = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal, torch.ops.aten.item)
+        self.count += func.overloadpacket in waits
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("rows", [PUBLIC, torch.arange(10) % 3 == 0], ids=["slice", "mask"])
+@pytest.mark.parametrize("strategy", ["auto", "book_keeping", "per_layer", "materialize"])
+def test_no_backward_pass_or_step_waits_for_a_device(strategy: str, rows: Any) -> None:
+    """The second pass: which dimension is the batch may be asked once."""
+    dp = engine(classifier(), strategy=strategy, max_grad_norm=PublicQuantile(0.5), noise_multiplier=1.0)
+    mixed(dp, rows)
+    dp.optimizer.step()
+    x, y = batch()
+    with dp.mixed(rows):
+        loss = F.cross_entropy(dp.model(x), y)
+        with Waits() as waits:
+            loss.backward()
+            dp.optimizer.step()
+    assert waits.count == 0
+    with Waits() as waits:
+        torch.ones(3)[0].item()
+    assert waits.count == 1
