@@ -22,6 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from adamix import distributed
+from adamix.errors import InputError
+from adamix.ledger import Ledger
 from adamix_kernels import DPEngine, Noise, PrivacyError, PublicQuantile
 
 SIGMA, LIMIT, EXPECTED, ROWS, STEPS = 0.8, 0.5, 16.0, 40, 5
@@ -361,6 +363,29 @@ def resumed(kind: str, folder: Path) -> tuple[float, int, int]:
     return farthest(weights, reference(noise_multiplier=0.0)), found.finished, engine.steps
 
 
+def one_ledger(folder: Path) -> list[Any]:
+    """Rank 0 writes it: what the others are told of a charge, of one too many, and of a ledger that is not there."""
+    path = folder / f"rows-{dist.get_world_size()}.ledger"
+    if dist.get_rank() == 0:
+        Ledger.create(path, data_set="rows of a test").close()
+    ledger = distributed.RankLedger(path)
+    run = ledger.start_run(noise_multiplier=1.0, sample_rate=1.0, steps=1, delta=1e-5)
+    found = [ledger.charge(run), refusal(lambda: ledger.charge(run)), ledger.place()]
+    ledger.close()
+    return [*found, refusal(lambda: distributed.RankLedger(folder / "no.ledger"))]
+
+
+def damaged(folder: Path) -> str:
+    """A checkpoint whose metadata is another one is not unpickled."""
+    called, engine = attached("plain", noise_multiplier=0.0)
+    distributed.save(folder, engine, "run", 1)
+    if dist.get_rank() == 0:
+        (folder / "step-0000001" / ".metadata").write_bytes(b"no metadata")
+    dist.barrier()
+    engine.detach()
+    return refusal(lambda: distributed.load(folder, called, engine.optimizer))
+
+
 def stateless() -> bool:
     """torch makes the state of an optimizer that has none by a step, which is no private one."""
     torch.manual_seed(0)
@@ -391,7 +416,7 @@ def stateless() -> bool:
 def refusal(action: Callable[[], Any]) -> str:
     try:
         action()
-    except (PrivacyError, ValueError, TypeError) as error:
+    except (PrivacyError, InputError, ValueError, TypeError) as error:
         return f"{type(error).__name__}: {error}"
     raise AssertionError("it was not refused")
 

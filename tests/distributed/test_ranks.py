@@ -37,6 +37,7 @@ def plan(size: int, folder: Path) -> list[tuple[str, Any, tuple[Any, ...]]]:
         found.append((f"resumed {kind}", checks.resumed, (kind, folder / kind)))
     found += [(f"mixed {cell}", checks.mixed, cell) for cell in MIXED]
     found += [(f"micro {kind}", checks.micro_batches_on_one_rank, (kind,)) for kind in ("plain", "ddp")]
+    found += [("one ledger", checks.one_ledger, (folder,)), ("damaged", checks.damaged, (folder / f"damaged-{size}",))]
     names = (
         "doubt_on_one_rank gathered stateless refusals thresholds_differ key_is_shared frozen_and_thawed shared_table"
     )
@@ -69,6 +70,8 @@ LOOKS_AT = {
     "test_replicas_of_shards": "hybrid",
     "test_detach_leaves_no_trace": "detached",
     "test_a_checkpoint_goes_on_with_other_ranks": "saved, resumed",
+    "test_one_ledger_stops_all_ranks": "one ledger",
+    "test_a_damaged_checkpoint_is_refused": "damaged",
     "test_values_of_all_ranks_are_gathered": "gathered",
     "test_a_step_that_makes_the_state_of_an_optimizer_is_none": "stateless",
     "test_all_ranks_have_one_key": "key_is_shared",
@@ -175,6 +178,17 @@ def test_a_checkpoint_goes_on_with_other_ranks(job: list[dict[str, Any]], kind: 
     """Written by two ranks, read by two and by four."""
     for off, finished, steps in results(job, f"resumed {kind}"):
         assert off < 1e-6 and (finished, steps) == (3, 5)
+
+
+def test_one_ledger_stops_all_ranks(job: list[dict[str, Any]]) -> None:
+    found = results(job, "one ledger")
+    assert found == [found[0]] * len(job)
+    charged, exhausted, (count, _), missing = found[0]
+    assert (charged, count) == (1, 3) and "has been charged all 1 steps" in exhausted and "InputError" in missing
+
+
+def test_a_damaged_checkpoint_is_refused(job: list[dict[str, Any]]) -> None:
+    assert all("is not as it was written" in message for message in results(job, "damaged"))
 
 
 def test_values_of_all_ranks_are_gathered(job: list[dict[str, Any]]) -> None:

@@ -116,10 +116,10 @@ DISTRIBUTED_MUTANTS = [
         (RANK_SAMPLES,),
     ),
     Mutant(
-        "a charge does not wait for the disk of rank 0",
+        "ranks go on when rank 0 could not charge",
         "adamix/distributed.py",
-        'return self._call("charge", run)',
-        'return self._call("charge", run) if self._ledger is not None and False else 0',
-        ("tests/distributed/test_jobs.py::test_torchrun_goes_on_after_a_rank_was_killed",),
+        "    if known[1] is not None:\n",
+        "    if known[1] is not None and dist.get_rank(group) == 0:\n",
+        (f"{_RANKS}::test_one_ledger_stops_all_ranks",),
     ),
 ]
