@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,6 +21,16 @@ from adamix_kernels import project, softmax_head_clip_sum_noise, softmax_head_co
 
 #: Elements of per-sample gradients held at a time.
 _CHUNK_ELEMENTS = 1 << 24
+
+
+class Weights(Protocol):
+    """What a checkpoint takes from a training."""
+
+    def weights(self) -> Tensor:
+        """Those that are trained, `[P]` float32."""
+
+    def optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors by name, and the rest as JSON can hold it."""
 
 
 class Trainable:
@@ -40,26 +51,11 @@ class Trainable:
     most_elements = _CHUNK_ELEMENTS
 
     def __init__(self, module: nn.Module) -> None:
-        if not isinstance(module, nn.Module):
-            raise InputError(f"model: is {type(module).__name__}; pass an nn.Module, or None for a softmax head")
+        check_module(module)
         self.module = module
-        lazy = [name for name, p in module.named_parameters() if isinstance(p, nn.UninitializedParameter)]
-        if lazy:
-            raise InputError(f"model: parameter {lazy[0]} has no shape yet; run the model once on a batch")
         named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         if not named:
             raise InputError("model: it has no trainable parameter; set requires_grad on those to train")
-        for name, child in module.named_modules():
-            if child._forward_hooks or child._forward_pre_hooks:
-                raise InputError(
-                    f"model: {name or 'the model'} has forward hooks, which would see private rows; remove them (for "
-                    "weight and spectral norm use torch.nn.utils.parametrizations)"
-                )
-            if isinstance(child, nn.modules.batchnorm._BatchNorm):
-                raise InputError(
-                    f"model: {name or 'the model'} is {type(child).__name__}, which mixes the samples of a batch, so "
-                    "no per-sample gradient exists; use GroupNorm or LayerNorm instead"
-                )
         self._names = [name for name, _ in named]
         self._parameters = [p for _, p in named]
         self.layers = _layer_slices(named)
@@ -107,6 +103,10 @@ class Trainable:
     def weights(self) -> Tensor:
         """A copy, `[P]` float32."""
         return torch.cat([p.detach().flatten() for p in self._parameters]).float()
+
+    def optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Plain steps have none."""
+        return {}, {}
 
     def set_weights(self, weights: Tensor) -> None:
         start = 0
@@ -224,6 +224,30 @@ class SoftmaxHead(Trainable):
             residual[torch.arange(len(rows.y)), rows.y] -= 1
             weight = (residual[:, :, None] * rows.x[:, None, :]).flatten(1)
             return weight if self.head.bias is None else torch.cat([weight, residual], dim=1)
+
+
+def check_module(module: nn.Module) -> None:
+    """Refuse a model whose per-sample gradients do not exist, or that shows private rows to others.
+
+    Raises:
+        InputError: it is no module, has parameters without a shape, forward hooks, or a BatchNorm.
+    """
+    if not isinstance(module, nn.Module):
+        raise InputError(f"model: is {type(module).__name__}; pass an nn.Module, or None for a softmax head")
+    lazy = [name for name, p in module.named_parameters() if isinstance(p, nn.UninitializedParameter)]
+    if lazy:
+        raise InputError(f"model: parameter {lazy[0]} has no shape yet; run the model once on a batch")
+    for name, child in module.named_modules():
+        if child._forward_hooks or child._forward_pre_hooks:
+            raise InputError(
+                f"model: {name or 'the model'} has forward hooks, which would see private rows; remove them (for "
+                "weight and spectral norm use torch.nn.utils.parametrizations)"
+            )
+        if isinstance(child, nn.modules.batchnorm._BatchNorm):
+            raise InputError(
+                f"model: {name or 'the model'} is {type(child).__name__}, which mixes the samples of a batch, so "
+                "no per-sample gradient exists; use GroupNorm or LayerNorm instead"
+            )
 
 
 def trainable(module: nn.Module) -> Trainable:
