@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -33,7 +33,34 @@ class Weights(Protocol):
         """Tensors by name, and the rest as JSON can hold it."""
 
 
-class Trainable:
+class ParameterVector:
+    """Parameters as one vector `[P]`, in float32."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self._parameters = list(parameters)
+
+    @property
+    def size(self) -> int:
+        return sum(p.numel() for p in self._parameters)
+
+    def weights(self) -> Tensor:
+        """A copy, `[P]` float32."""
+        with torch._C.DisableTorchFunctionSubclass():  # those of an engine are of a class of its own
+            return torch.cat([p.detach().flatten().float() for p in self._parameters])
+
+    def set_weights(self, weights: Tensor) -> None:
+        start = 0
+        with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+            for p in self._parameters:
+                p.copy_(weights[start : start + p.numel()].view_as(p))
+                start += p.numel()
+
+    def optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Plain steps have none."""
+        return {}, {}
+
+
+class Trainable(ParameterVector):
     """A classifier seen as a vector of its trainable parameters `[P]`; gradients come from `torch.func`.
 
     Gradients are taken in eval mode, each chunk on a fresh copy of the module that is then dropped, with generators as
@@ -57,12 +84,8 @@ class Trainable:
         if not named:
             raise InputError("model: it has no trainable parameter; set requires_grad on those to train")
         self._names = [name for name, _ in named]
-        self._parameters = [p for _, p in named]
+        super().__init__([p for _, p in named])
         self.layers = _layer_slices(named)
-
-    @property
-    def size(self) -> int:
-        return sum(p.numel() for p in self._parameters)
 
     def check(self, public: Rows, classes: int) -> None:
         """Try the module on public rows before anything is trained.
@@ -99,21 +122,6 @@ class Trainable:
                 "exists; keep the samples apart"
             )
         next(self.grad_sample(few))
-
-    def weights(self) -> Tensor:
-        """A copy, `[P]` float32."""
-        return torch.cat([p.detach().flatten() for p in self._parameters]).float()
-
-    def optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Plain steps have none."""
-        return {}, {}
-
-    def set_weights(self, weights: Tensor) -> None:
-        start = 0
-        with torch.no_grad():
-            for p in self._parameters:
-                p.copy_(weights[start : start + p.numel()].view_as(p))
-                start += p.numel()
 
     def loss(self, rows: Rows) -> Tensor:
         """Mean cross-entropy, differentiable."""

@@ -61,6 +61,10 @@ class Result:
     config: Config
     ledger_epsilon: float | None = None
 
+    def trained_state(self) -> dict[str, Tensor]:
+        """The model's tensors, copies."""
+        return tensors_of(self.model)
+
 
 class AdaMix:
     """Private training of a classifier with a little public data.
