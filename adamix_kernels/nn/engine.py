@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from adamix_kernels.nn import attention as _attention  # noqa: F401  attaches rules
 from adamix_kernels.nn import recurrent as _recurrent  # noqa: F401
 from adamix_kernels.nn import rules_layers as _rules_layers  # noqa: F401
+from adamix_kernels.nn.adaptive import PublicQuantile
 from adamix_kernels.nn.checks import (
     check_free,
     check_grads,
@@ -28,6 +29,7 @@ from adamix_kernels.nn.clipping import checked
 from adamix_kernels.nn.errors import PrivacyError
 from adamix_kernels.nn.hooks import Hook, ZeroGrad
 from adamix_kernels.nn.metrics import Metrics
+from adamix_kernels.nn.mixed import PublicRows
 from adamix_kernels.nn.parameter import PrivateParameter, storage
 from adamix_kernels.nn.passes import Passes
 from adamix_kernels.nn.probe import tell_apart
@@ -45,7 +47,8 @@ class DPEngine:
         optimizer: holds all trainable parameters of the model and no other.
         max_grad_norm: the threshold C of a sample's gradient, above 0; with `strategy="per_layer"` a number is spread
             evenly, C / sqrt(layers) each, and a dict gives each layer (a module's name) its own. May be set anew before
-            each backward pass, also to a scalar tensor on the device, as `dp.max_grad_norm`.
+            each backward pass, also to a scalar tensor on the device, as `dp.max_grad_norm`. A `PublicQuantile` lets
+            the public rows of `mixed` set it; with "per_layer" each layer's noise then follows its own threshold.
         noise_multiplier: standard deviation of the noise over the threshold, on the sum; 0 adds none.
         expected_batch_size: what the noisy sum is divided by, a public constant: sample_rate times the data set's size,
             never the size of a batch.
@@ -89,7 +92,7 @@ class DPEngine:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         *,
-        max_grad_norm: float | Tensor | dict[str, float],
+        max_grad_norm: float | Tensor | dict[str, float] | PublicQuantile,
         noise_multiplier: float,
         expected_batch_size: float,
         strategy: str = "auto",
@@ -118,6 +121,7 @@ class DPEngine:
         self.steps = 0
         self.layers = {name: name.rpartition(".")[0] for name, _ in model.named_parameters()}
         self._owned: list[tuple[str, PrivateParameter]] = []
+        self.public_rows: PublicRows | None = None  # of the backward passes within mixed()
         self.max_grad_norm = max_grad_norm
         self._sums = StepSums(self, unit)
         self.batch_size: int | None = None
@@ -204,6 +208,39 @@ class DPEngine:
         finally:
             self._public -= 1
 
+    @contextmanager
+    def mixed(self, public_rows: Any, weight: float = 1.0) -> Iterator[None]:
+        """Backward passes inside are of batches that have public rows among the private ones.
+
+        `.grad` of the step is (clipped private sum + noise + sum of `weight` times each public gradient) /
+        (expected_batch_size + `weight` times the number of public rows since the last step). Public gradients are
+        exact, as within `public()`, and are added after the noise, so they change neither thresholds nor sensitivity;
+        only where `max_grad_norm` is a `PublicQuantile` do their norms set the threshold. Metrics are of private rows.
+
+        Args:
+            public_rows: bool `[B]`, True for a public row, or a slice of the batch. A mask on a device is waited for
+                once. Rows at one end of the batch, `slice(0, n)` or such a mask, are read in place, others copied.
+            weight: of a public row beside a private one, 0 or above; with 0 public rows only set thresholds.
+
+        With `unit="user"` the ids of `users` are those of the private rows. In secure mode the loss must be a sum. What
+        floating point leaves open elsewhere, it does here: a public gradient, and so a threshold, may differ in its
+        last bits where its batch is one row longer.
+
+        Raises:
+            PrivacyError: within `public()`; or, in backward(), the mask is of another number of rows.
+            TypeError, ValueError: names the argument that does not fit.
+
+        Source: Golatkar et al. 2022 (arXiv 2203.11481), the mixed step.
+        """
+        rows = PublicRows(public_rows, weight)
+        if self.is_public:
+            raise PrivacyError("mixed(): called within public(), where all rows are public and none is clipped")
+        outer, self.public_rows = self.public_rows, rows
+        try:
+            yield
+        finally:
+            self.public_rows = outer
+
     def users(self, ids: Any) -> AbstractContextManager[None]:
         """Backward passes inside are of rows whose users are `ids`: integers `[B]`, equal for rows of one user.
 
@@ -264,14 +301,34 @@ class DPEngine:
             loss.backward()
 
     @property
-    def max_grad_norm(self) -> float | Tensor | Mapping[str, float]:
+    def max_grad_norm(self) -> float | Tensor | Mapping[str, float] | PublicQuantile:
         """The threshold of the backward passes to come."""
         return self._max_grad_norm
 
     @max_grad_norm.setter
-    def max_grad_norm(self, value: float | Tensor | Mapping[str, float]) -> None:
+    def max_grad_norm(self, value: float | Tensor | Mapping[str, float] | PublicQuantile) -> None:
         bounded = self.noise_multiplier > 0 or self.clipping == "automatic"
-        self._max_grad_norm = checked(value, self.strategy, set(self.layers.values()), bounded)
+        sums: StepSums | None = vars(self).get("_sums")  # None within __init__
+        if sums is not None and sums.begun and (isinstance(value, PublicQuantile) or sums.adaptive is not None):
+            raise PrivacyError(
+                "max_grad_norm: was changed to or from a PublicQuantile between the backward passes of one step, whose "
+                "noise is for one kind of threshold; change it after the step, or call zero_grad() first"
+            )
+        self._max_grad_norm = (
+            value
+            if isinstance(value, PublicQuantile)
+            else checked(value, self.strategy, set(self.layers.values()), bounded)
+        )
+
+    @property
+    def thresholds(self) -> Tensor | dict[str, Tensor]:
+        """Those in use, scalars float64 on the device: of the whole gradient, or with "per_layer" of each trained layer
+        that has one. Where public rows set them they are free to publish.
+
+        Raises:
+            RuntimeError: no public row has set one yet.
+        """
+        return self._sums.thresholds
 
     # --- the step ------------------------------------------------------------------------------------------------
 
@@ -339,9 +396,11 @@ class DPEngine:
     def state_dict(self) -> dict[str, Any]:
         """Steps taken and settings; never the key of the noise: a resumed run draws a fresh one."""
         limit = self.max_grad_norm
+        adaptive = self._sums.adaptive
         return {
             "steps": self.steps,
-            "max_grad_norm": dict(limit) if isinstance(limit, Mapping) else limit,
+            "max_grad_norm": dict(limit) if isinstance(limit, Mapping) else None if adaptive else limit,
+            **({"public_quantile": adaptive.state()} if adaptive else {}),
             "noise_multiplier": self.noise_multiplier,
             "expected_batch_size": self.expected_batch_size,
         }
@@ -353,7 +412,10 @@ class DPEngine:
         kinds = self.strategy, self.clipping, self.loss_reduction
         check_settings(*kinds, noise_multiplier, expected_batch_size, self.loss_scale)
         self.noise_multiplier, self.expected_batch_size = noise_multiplier, expected_batch_size
-        self.max_grad_norm = state["max_grad_norm"]
+        adaptive = state.get("public_quantile")
+        self.max_grad_norm = PublicQuantile(**adaptive["rule"]) if adaptive else state["max_grad_norm"]
+        if adaptive:
+            self._sums.load_thresholds(adaptive)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
