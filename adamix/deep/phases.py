@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from adamix.deep.losses import Loss
 from adamix.deep.weights import Training, traces_of
 from adamix.errors import InputError
 from adamix.private_phase import Step
-from adamix_kernels import DPEngine, Noise, PoissonSampler, PrivacyError, PublicQuantile
+from adamix_kernels import DPEngine, FastNoiseWarning, Noise, PoissonSampler, PrivacyError, PublicQuantile
 
 #: The least threshold: below it noise and sums would leave float32's range.
 _LEAST = 1e-12
@@ -68,16 +69,18 @@ def make_engine(
     if config.quantile is not None:
         limit = PublicQuantile(config.quantile, every=config.threshold_every, least=_LEAST)
     try:
-        return DPEngine(
-            task.model,
-            optimizer,
-            max_grad_norm=limit,
-            noise_multiplier=noise_multiplier,
-            expected_batch_size=config.expected_batch_size,
-            strategy=config.strategy,
-            loss_reduction="sum",
-            noise=noise,
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FastNoiseWarning)  # the trainer has said so
+            return DPEngine(
+                task.model,
+                optimizer,
+                max_grad_norm=limit,
+                noise_multiplier=noise_multiplier,
+                expected_batch_size=config.expected_batch_size,
+                strategy=config.strategy,
+                loss_reduction="sum",
+                noise=noise,
+            )
     except (PrivacyError, ValueError, TypeError) as error:
         raise InputError(f"model: the private engine does not take it: {error}") from error
 
