@@ -139,14 +139,18 @@ class Data:
 
 
 def collate_rows(rows: list[Any]) -> Any:
-    """torch's `default_collate`; lists of numbers, as rows of `datasets` have them, are tensors first."""
+    """torch's `default_collate`; numbers and lists of them, as rows of `datasets` have them, are tensors first."""
     return default_collate([_with_tensors(row) for row in rows])
 
 
 def _with_tensors(row: Any) -> Any:
     if isinstance(row, Mapping):
-        return {key: torch.as_tensor(x) if isinstance(x, list) else x for key, x in row.items()}
-    return tuple(row) if isinstance(row, list) else row
+        return {key: _tensor(x) for key, x in row.items()}
+    return tuple(map(_tensor, row)) if isinstance(row, tuple | list) else row
+
+
+def _tensor(value: Any) -> Any:
+    return torch.as_tensor(value) if isinstance(value, list | int | float | np.generic | np.ndarray) else value
 
 
 def content_digest(row: Any) -> bytes:

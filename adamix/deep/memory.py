@@ -23,13 +23,13 @@ def recompute_activations(model: nn.Module, wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    enable = getattr(model, "gradient_checkpointing_enable", None)
-    if enable is None:
+    kind = next((k for k in ("activation", "gradient") if hasattr(model, f"{k}_checkpointing_enable")), None)
+    if kind is None:  # "gradient" is the name in older releases
         raise InputError(
-            "checkpointing: the model has no gradient_checkpointing_enable(); wrap its blocks with "
-            "torch.utils.checkpoint(use_reentrant=False) in its forward, and pass False"
+            "checkpointing: the model is none of transformers; wrap its blocks with torch.utils.checkpoint in its "
+            "forward, with use_reentrant=False, and pass False"
         )
-    enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    getattr(model, f"{kind}_checkpointing_enable")(**{f"{kind}_checkpointing_kwargs": {"use_reentrant": False}})
     layers = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) is True]
     modes = [m.training for m in layers]
     try:
@@ -39,4 +39,4 @@ def recompute_activations(model: nn.Module, wanted: bool) -> Iterator[None]:
     finally:
         for layer, mode in zip(layers, modes, strict=True):
             layer.training = mode
-        model.gradient_checkpointing_disable()  # type: ignore[operator]
+        getattr(model, f"{kind}_checkpointing_disable")()
