@@ -190,7 +190,11 @@ def _backward(task: Task, engine: DPEngine, batch: _Batch, weight: float) -> Ten
     with engine.mixed(slice(0, batch.public), weight) if batch.public else nullcontext():
         losses = task.losses(batch.rows)
         engine.backward(losses[: batch.count].sum() if task.by_row else losses)
-    return losses[: batch.public].detach() if task.by_row and batch.public else None
+    return _public_losses(losses, batch) if task.by_row and batch.public else None
+
+
+def _public_losses(losses: Tensor, batch: _Batch) -> Tensor:
+    return losses[: batch.public].detach()
 
 
 def _numbers(engine: DPEngine, config: DeepConfig) -> tuple[float, ...]:

@@ -13,7 +13,14 @@ from torch import nn
 
 from adamix.deep.config import DeepConfig
 from adamix.deep.losses import Loss, token_loss
-from adamix.deep.sources import ImageFolder, TextLines, made_up_images, made_up_lines, open_tokenizer
+from adamix.deep.sources import (
+    ImageFolder,
+    TextLines,
+    check_folder,
+    made_up_images,
+    made_up_lines,
+    open_tokenizer,
+)
 from adamix.errors import InputError
 from adamix.storage import one_line, require
 
@@ -74,6 +81,8 @@ def prepare(
         raise InputError(
             "public, private: pass both, " + ("or neither, to train on rows that are made up" if tiny else "folders")
         )
+    if model is not None:
+        check_folder("model", model)
     return (_vit if name == "vit" else _lm)(shape, paths, made_up, model, tokenizer)
 
 

@@ -70,6 +70,7 @@ def open_tokenizer(path: str | None) -> Tokenizer:
     """
     if path is None:
         return Tokenizer(lambda line: list(line.encode()), 256, 257)
+    check_folder("tokenizer", path)
     transformers = require("transformers", "adamix[deep]", "a tokenizer")
     try:
         found = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
@@ -79,6 +80,12 @@ def open_tokenizer(path: str | None) -> Tokenizer:
     if end is None:
         raise InputError(f"tokenizer: {path!r} has no token for the end of a text; set eos_token")
     return Tokenizer(lambda line: found.encode(line, add_special_tokens=False), int(end), len(found))
+
+
+def check_folder(name: str, path: str) -> None:
+    """Of transformers, which would look for any other name on the network."""
+    if not Path(path).is_dir():
+        raise InputError(f"{name}: {path!r} is no folder; name one that save_pretrained of transformers wrote")
 
 
 class TextLines:

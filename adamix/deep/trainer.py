@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from adamix.deep.config import DeepConfig
-from adamix.deep.data import Collate, Data, PublicBatches
+from adamix.deep.data import Collate, Data, PublicBatches, secret_generators
 from adamix.deep.losses import Loss, check_loss, count_classes, default_loss, measure
 from adamix.deep.memory import recompute_activations
 from adamix.deep.phases import Task, make_engine, mixed_phase, public_phase, try_on_public_rows
@@ -164,8 +164,10 @@ class DeepAdaMix:
         training = Training(self.model, self._make_public)
         with eval_mode(self.model), recompute_activations(self.model, config.checkpointing):
             task, classes = self._task(data["public"], config, device)
+            with secret_generators(device):
+                public_rows = _compared(data, classes)
             fixed = {
-                "public rows": _compared(data, classes),
+                "public rows": public_rows,
                 "trained parameters": training.size,
                 "frozen parameters and buffers": digest_of(*_rest(self.model, tuned)),
                 "optimizer": type(training.optimizer).__name__,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from catalogue_deep import DEEP_TRAINER_MUTANTS
 from catalogue_flow import FLOW_MUTANTS, USER_MUTANTS
 from catalogue_ledger import LEDGER_MUTANTS
 from catalogue_resume import RESUME_MUTANTS
@@ -445,4 +446,5 @@ MUTANTS = [
     *SECURE_MUTANTS,
     *USER_MUTANTS,
     *FLOW_MUTANTS,
+    *DEEP_TRAINER_MUTANTS,
 ]
