@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from catalogue_deep import DEEP_TRAINER_MUTANTS
 from catalogue_flow import FLOW_MUTANTS, USER_MUTANTS
 from catalogue_ledger import LEDGER_MUTANTS
 from catalogue_resume import RESUME_MUTANTS
 from catalogue_secure import SECURE_MUTANTS
+from catalogue_trainer import DEEP_TRAINER_MUTANTS
 from mutant import Mutant
 
 ENGINE = "adamix_kernels/nn/engine.py"
