@@ -110,7 +110,7 @@ class PublicThresholds:
     def layers(self) -> frozenset[str]:
         """Those that are trained."""
         with torch._C.DisableTorchFunctionSubclass():
-            return frozenset(self._engine.layers[name] for name, p in self._engine._owned if p.requires_grad)
+            return frozenset(self._engine.layers[name] for name, p in self._engine._stepped if p.requires_grad)
 
     # --- what is known -------------------------------------------------------------------------------------------
 

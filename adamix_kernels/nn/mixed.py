@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from adamix_kernels.nn.errors import PrivacyError
 from adamix_kernels.ops._numerics import sum_dtype
+
+if TYPE_CHECKING:
+    from adamix_kernels.nn.ranks import Ranks
 
 #: Rows of a batch: a slice takes a view, a tensor of indices a copy.
 Index = slice | Tensor
@@ -111,6 +114,27 @@ class PublicSums:
         self._staged.clear()
         if split is not None:
             self._weight += split.weight * split.count
+
+    def stage(self, totals: Mapping[str, Tensor]) -> None:
+        """Sums over all ranks, of the pass that ends."""
+        self._staged.update(totals)
+
+    @property
+    def weight(self) -> float:
+        """Of all public rows since the last step."""
+        return self._weight
+
+    def join(self, ranks: Ranks, trained: Sequence[tuple[str, Tensor]], weight: float) -> None:
+        """The sums and the weight of all ranks."""
+        self._weight = weight
+        if ranks.shards is None:  # whose sums are added pass by pass
+            sums = [
+                self._totals[name]
+                if name in self._totals
+                else torch.zeros(p.shape, dtype=sum_dtype(p), device=p.device)
+                for name, p in trained
+            ]
+            self._totals = dict(zip((name for name, _ in trained), ranks.added(sums), strict=True))
 
     def drop(self, name: str) -> None:
         self._totals.pop(name, None)

@@ -234,7 +234,7 @@ class Passes:
             if split.count and split.weight:
                 public = factors.take(split.public)
                 for parameter, total in zip(parameters, public.clip_sum(sums.public_coef(parameters[0])), strict=True):
-                    sums.public.add(parameter._dp_name, total)
+                    sums.add_public(parameter._dp_name, total)
             parts[i] = parameters, factors.take(split.private)
 
     def _take_last(self, parts: list[Record]) -> tuple[tuple[PrivateParameter, ...], ConvFactors] | None:

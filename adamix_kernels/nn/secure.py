@@ -35,10 +35,11 @@ class GridSums:
 
     def forget(self) -> None:
         self._limits: list[float] = []  # of the step that has begun
+        self._joined = 0.0  # the grid of other ranks
         self._grid = 0.0
         self._layer_grids: dict[str, float] = {}
         self._grid_layers: dict[str, str] = {}  # by parameter: whose grid its sum is of
-        self._rows = 0
+        self.rows = 0
 
     def begin_pass(self, threshold: Threshold | PublicThresholds) -> None:
         """The threshold must be the same in all backward passes of a step, as their sums are of one grid."""
@@ -48,7 +49,7 @@ class GridSums:
             return
         limits = [float(threshold.whole), *(float(threshold.layer(name)) for name in sorted(threshold.layers))]
         if not self._sums.totals:  # the first, or the first that was not broken off
-            self._limits, self._grid, self._rows = limits, self._grid_for(limits[0]), 0
+            self._limits, self._grid, self.rows = limits, self._grid_for(limits[0]), 0
         elif limits != self._limits:
             raise PrivacyError(
                 "max_grad_norm: was changed between the backward passes of one step, whose integer sums are of one "
@@ -67,9 +68,8 @@ class GridSums:
         step = self._sums
         grads = [grad for _, factors in parts for grad in factors.grad_sample()]
         norm_sq = grad_norm_sq(grads)
-        self._rows += len(norm_sq)
-        if self._rows > MOST_ROWS:
-            raise PrivacyError(f"backward(): {self._rows} samples since the last step; 2^36 are the most that fit")
+        self.rows += len(norm_sq)
+        self._check_rows(self.rows)
         coef = step.coef(norm_sq, layer).double() / step.scale(len(norm_sq))
         threshold = step.threshold
         limit = float(threshold.whole if layer is None else threshold.layer(layer))
@@ -84,6 +84,26 @@ class GridSums:
         for parameter, total in zip(parameters, sums, strict=True):
             step.add(parameter, total, layer)
         return norm_sq.double()
+
+    @property
+    def step(self) -> float:
+        """Of this rank's sums."""
+        return self._grid
+
+    def join(self, rows: int, grids: set[float]) -> None:
+        """Sums of all ranks are added: their samples must not overflow together, and they must be of one grid."""
+        self._check_rows(rows)
+        if len(grids) > 1:
+            raise PrivacyError(
+                f"max_grad_norm: differs between ranks, whose integer sums are of other grids, {sorted(grids)}; set it "
+                "to the same number on all ranks"
+            )
+        self._joined = next(iter(grids), 0.0)
+
+    @staticmethod
+    def _check_rows(rows: int) -> None:
+        if rows > MOST_ROWS:
+            raise PrivacyError(f"backward(): {rows} samples since the last step; 2^36 are the most that fit")
 
     def _adaptive_grid(self, limit: float, layer: str | None, parameters: Sequence[PrivateParameter]) -> float:
         if layer is None:
@@ -104,13 +124,14 @@ class GridSums:
         """Sums without noise, over the expected batch size."""
         return [total * (self._grid / self._engine.expected_batch_size) for total in sums]
 
-    def release(self, sums: Sequence[Tensor], limit: float) -> list[Tensor]:
+    def release(self, sums: Sequence[Tensor], limit: float, offsets: Sequence[int] | None = None) -> list[Tensor]:
         """Noisy sums over the expected batch size: float32, before that division multiples of the grid."""
         engine = self._engine
         if not limit:
             return self._nothing(sums)
-        grid = self._grid if self._sums.totals else self._grid_for(limit)  # without a backward pass it is noise alone
-        released = grid_release(sums, limit * engine.noise_multiplier, grid, engine.noise)
+        grid = self._grid if self._sums.totals else self._joined
+        grid = grid or self._grid_for(limit)  # without a backward pass it is noise alone
+        released = grid_release(sums, limit * engine.noise_multiplier, grid, engine.noise, offsets)
         return list(torch._foreach_div(released, engine.expected_batch_size))
 
     def release_by_layer(

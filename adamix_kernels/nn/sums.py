@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from adamix_kernels.nn.adaptive import PublicQuantile, PublicThresholds
+from adamix_kernels.nn.agreement import agree
 from adamix_kernels.nn.clipping import Limit, Threshold, factors, larger
 from adamix_kernels.nn.errors import PrivacyError
 from adamix_kernels.nn.metrics import Metrics
@@ -90,6 +91,8 @@ class StepSums:
         self.public.begin_pass()
         self.split = None
         self.staged.clear()
+        if self._engine.shards is not None:
+            self._engine.shards.begin([name for name, p in self._engine._stepped if p.requires_grad])
         if not self.totals:
             self._divisor = self._engine.expected_batch_size
         self.threshold = self._threshold_now()
@@ -104,7 +107,7 @@ class StepSums:
                 self.adaptive = PublicThresholds(engine, rule)
             return self.adaptive
         self.adaptive = None
-        parameters = engine._owned or engine.model.named_parameters()
+        parameters: Any = engine._stepped or engine.model.named_parameters()
         with torch._C.DisableTorchFunctionSubclass():
             trained = {engine.layers[name] for name, p in parameters if p.requires_grad}
         return Threshold.of(rule, trained)
@@ -118,6 +121,8 @@ class StepSums:
                 "mixed(): with secure noise and loss_reduction='mean' the last bits of public gradients tell how many "
                 "private rows the batch has; pass loss_reduction='sum', and a loss that is a sum"
             )
+        if self.split is not None and self.split.weight and self._engine.shards is not None:
+            self._engine.shards.expect_public()
 
     def private_norms(self, norm_sq: Tensor, layer: str | None) -> Tensor:
         """Of squared norms of all rows those of private rows; the public ones set the threshold where it is due."""
@@ -130,12 +135,17 @@ class StepSums:
 
     def wants_norms(self, layer: str | None) -> bool:
         """Whether the norms of this pass's public rows set a threshold."""
-        return self.adaptive is not None and bool(self.split and self.split.count) and self.adaptive.due(layer)
+        public = self.split is not None and (self.split.count > 0 or self._engine.ranks is not None)
+        return self.adaptive is not None and public and self.adaptive.due(layer)
 
     def set_threshold(self, norm_sq: Tensor, layer: str | None) -> None:
-        """By squared norms of public rows."""
+        """By squared norms of public rows, those of all ranks."""
         assert self.adaptive is not None  # wants_norms
-        self.adaptive.set(layer, norm_sq, self.scale(len(norm_sq)))
+        scale, ranks = self.scale(len(norm_sq)), self._engine.ranks
+        if ranks is not None:
+            norm_sq, scale = ranks.gather(norm_sq.double() / scale**2), 1.0
+        if len(norm_sq):
+            self.adaptive.set(layer, norm_sq, scale)
 
     def scale(self, samples: int) -> float:
         """What per-sample gradients are multiplied with by the loss, of `samples` rows or of all of a mixed batch."""
@@ -167,19 +177,33 @@ class StepSums:
         factor = self.split.weight / self.scale(self.split.samples)
         return torch.full((self.split.count,), factor, dtype=self._dtype, device=parameter.device)
 
+    def add_public(self, name: str, total: Tensor) -> None:
+        """Add a sum of public rows to what the step releases."""
+        if self._engine.shards is None:
+            self.public.add(name, total)
+        else:
+            self._engine.shards.add_public(name, total)
+
     def add(self, parameter: PrivateParameter, total: Tensor, layer: str | None) -> None:
         """Add a sum, clipped by the threshold of a layer or the whole, to what the step releases, once this backward
         pass has ended well."""
         name = parameter._dp_name
         if self.adaptive is not None and layer is not None:
             self.adaptive.clips(name, layer)
-        _accumulate(self.staged, name, total if self.grid else total.to(sum_dtype(total)))
+        total = total if self.grid else total.to(sum_dtype(total))
+        if self._engine.shards is None:
+            _accumulate(self.staged, name, total)
+        else:
+            self._engine.shards.add(name, total)
 
     def end_pass(self, norm_sq: Tensor) -> None:
         """`norm_sq` are those of private rows."""
         true_norm_sq = norm_sq / self.scale(len(norm_sq)) ** 2
         if self.users is not None:
             true_norm_sq = self.users.end_pass(true_norm_sq)
+        if self._engine.shards is not None:
+            self.staged, public = self._engine.shards.finish(torch.int64 if self.grid else None)
+            self.public.stage(public)
         for name, total in self.staged.items():
             _accumulate(self.totals, name, total)
         self.staged.clear()
@@ -195,7 +219,7 @@ class StepSums:
         engine = self._engine
         if (engine.noise.mode == "secure") != (self.grid is not None):
             raise PrivacyError("noise: was replaced by one of another mode; make a new DPEngine with it")
-        sums = [self.totals[name] if name in self.totals else self.zeros(p) for name, p in trained]
+        sums = [self.totals[name] if name in self.totals else self._none(name, p) for name, p in trained]
         names = [name for name, _ in trained]
         threshold = self._threshold_now()
         if self.adaptive is not None and not self.adaptive.any_known():
@@ -206,25 +230,25 @@ class StepSums:
         if self.grid is None and self.totals and self._divisor != engine.expected_batch_size:
             torch._foreach_mul_(sums, self._divisor / engine.expected_batch_size)
         if self.adaptive is not None and engine.strategy == "per_layer":
+            if engine.ranks is not None:
+                agree(self, engine.ranks, trained, self.adaptive.whole)
             released = self._release_by_layer(sums, names, self.adaptive)
         else:
             limits = self._limits or [threshold.whole if self.adaptive is None else self.adaptive.known(None)]
-            released = self._release_as_one(sums, limits)
+            limit = functools.reduce(larger, limits)
+            if engine.ranks is not None:
+                limit = agree(self, engine.ranks, trained, limit)
+            released = self._release_as_one(sums, limits, limit)
         self.public.mix_(released, names, engine.expected_batch_size)
         return released
 
-    def _release_as_one(self, sums: list[Tensor], limits: list[Limit]) -> list[Tensor]:
+    def _release_as_one(self, sums: list[Tensor], limits: list[Limit], limit: Limit) -> list[Tensor]:
         """Noise for the largest threshold of the whole gradient."""
         engine = self._engine
-        limit = functools.reduce(larger, limits)
         std = limit * engine.noise_multiplier / engine.expected_batch_size
-        if self.grid is not None:
-            shown = self.grid.floats(sums) if engine.measure_signal else sums
-            self.metrics = Metrics(self.norm_sq, limits, shown, std, engine.measure_signal)
-            return self.grid.release(sums, float(limit)) if sums else []
-        self.metrics = Metrics(self.norm_sq, limits, sums, std, engine.measure_signal)
-        self._add_noise(sums, std)
-        return sums
+        shown = self.grid.floats(sums) if self.grid is not None and engine.measure_signal else sums
+        self.metrics = Metrics(self.norm_sq, limits, shown, std, engine.measure_signal)
+        return self._with_noise(sums, std, float(limit) if self.grid is not None else 0.0)
 
     def _release_by_layer(self, sums: list[Tensor], names: list[str], thresholds: PublicThresholds) -> list[Tensor]:
         """Noise for the vector of L layers' sums, each over its own threshold, whose sensitivity is sqrt(L)."""
@@ -238,14 +262,26 @@ class StepSums:
         units = [thresholds.of_parameter(name).to(total.device) for name, total in zip(names, sums, strict=True)]
         torch._foreach_div_(sums, [unit.where(unit > 0, 1.0) for unit in units])  # a threshold of 0 has sums of 0
         self.metrics = Metrics(self.norm_sq, self._limits, sums, std, engine.measure_signal)
-        self._add_noise(sums, std)
+        sums = self._with_noise(sums, std, 0.0)
         torch._foreach_mul_(sums, units)
         return sums
 
-    def _add_noise(self, sums: list[Tensor], std: Limit) -> None:
-        engine = self._engine
-        if engine.noise_multiplier and sums:
-            add_gaussian_noise_(sums, std, engine.noise)
+    def _with_noise(self, sums: list[Tensor], std: Limit, limit: float) -> list[Tensor]:
+        """Over several ranks: of the sums of all, each adding noise to its own part; `limit` is for integer sums."""
+        engine, parts, offsets = self._engine, sums, None
+        if engine.ranks is not None:
+            parts, offsets = engine.ranks.reduce(sums)
+        if self.grid is not None:
+            parts = self.grid.release(parts, limit, offsets) if parts else []
+        elif engine.noise_multiplier and parts:
+            add_gaussian_noise_(parts, std, engine.noise, offsets)
+        return parts if engine.ranks is None else engine.ranks.collect(parts, sums)
+
+    def _none(self, name: str, parameter: Tensor) -> Tensor:
+        """What the step adds for a parameter that no pass came to."""
+        if self._engine.shards is None:
+            return self.zeros(parameter)
+        return self._engine.shards.zeros(name, torch.int64 if self.grid else sum_dtype(parameter), parameter.device)
 
     def zeros(self, parameter: Tensor) -> Tensor:
         dtype = torch.int64 if self.grid else sum_dtype(parameter)

@@ -46,6 +46,10 @@ def validate(engine: DPEngine, batch: Any, loss: Loss | None = None) -> Report:
     Raises:
         PrivacyError: names the parameter whose norms or sums differ by more than rounding.
     """
+    if engine.shards is not None:
+        raise PrivacyError(
+            "validate(): a sharded model is not run one sample at a time; validate it before fully_shard()"
+        )
     batch = tree_map(
         lambda x: x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x, _plain(batch)
     )
