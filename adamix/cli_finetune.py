@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from adamix.cli_budget import add_ledger_flags, check_ledger_flags, make_new_ledger
 from adamix.cli_common import Commands, add_command, add_settings, console_of, find_device, progress_bar
 from adamix.deep import DeepAdaMix, DeepConfig, DeepResult
+from adamix.deep.ranks import Ranks, job_of_torchrun
 from adamix.deep.recipes import RECIPES, Job, load_recipe, prepare
 from adamix.errors import InputError
 from adamix.report import check_out, write_run
@@ -39,10 +41,12 @@ def add_finetune(commands: Commands) -> None:
 
 
 def finetune(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Run a recipe once and show what it gained."""
-    if arguments.out is not None:
-        check_out(arguments.out)
-    check_ledger_flags(arguments)
+    """Run a recipe once and show what it gained; on the ranks of a job if `torchrun` started one."""
+    with job_of_torchrun(find_device(arguments.device)) as device:
+        return _finetune(arguments, device)
+
+
+def _finetune(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     shape, settings = load_recipe(arguments.recipe, tiny=arguments.tiny)
     settings |= {key: value for key, value in vars(arguments).items() if key in DeepConfig.__dataclass_fields__}
     if "expected_batch_size" not in settings:
@@ -50,16 +54,24 @@ def finetune(arguments: argparse.Namespace) -> dict[str, Any]:
             "expected_batch_size: missing; pass --expected-batch-size, the planned number of private rows per step: a "
             "figure that may be public, because a count of them is itself private"
         )
-    arguments.delta = settings["delta"]  # of a new ledger too
-    device = find_device(arguments.device)
-    paths = {name: getattr(arguments, name) for name in ("public", "private", "test")}
     DeepConfig(**settings)  # before the data are loaded
+    arguments.delta = settings["delta"]  # of a new ledger too
+    paths = {name: getattr(arguments, name) for name in ("public", "private", "test")}
     job = prepare(
         arguments.recipe, shape, paths, model=arguments.model, tokenizer=arguments.tokenizer, tiny=arguments.tiny
     )
     trainer = DeepAdaMix(job.model.to(device), loss=job.loss, **settings)
-    make_new_ledger(arguments)
+    ranks = Ranks.of(job.model)
+
+    def make_files() -> None:
+        if arguments.out is not None:
+            check_out(arguments.out)
+        check_ledger_flags(arguments)
+        make_new_ledger(arguments)
+
+    ranks.on_first(make_files)
     with progress_bar() as progress:
+        progress.disable |= ranks.rank > 0
         first = progress.add_task("public steps", total=trainer.config.public_steps)
         second = progress.add_task("private steps", total=trainer.config.steps)
         result = trainer.fit(
@@ -71,16 +83,21 @@ def finetune(arguments: argparse.Namespace) -> dict[str, Any]:
             checkpoint_every=arguments.checkpoint_every,
             resume=arguments.resume,
         )
-    summary = _summarise(result, arguments.recipe)
+    summary = _summarise(result, arguments.recipe, ranks.size)
+    ranks.on_first(lambda: _leave(arguments, summary, result, job))
+    arguments.json &= ranks.rank == 0
+    return summary
+
+
+def _leave(arguments: argparse.Namespace, summary: dict[str, Any], result: DeepResult, job: Job) -> None:
     console = console_of(arguments)
     _show(console, summary, result, job)
     if arguments.out is not None:
         write_run(arguments.out, result, summary)
         console.print(f"Run folder: {arguments.out}", markup=False)
-    return summary
 
 
-def _summarise(result: DeepResult, recipe: str) -> dict[str, Any]:
+def _summarise(result: DeepResult, recipe: str, ranks: int) -> dict[str, Any]:
     return {
         "method": "DeepAdaMix",
         "recipe": recipe,
@@ -93,6 +110,7 @@ def _summarise(result: DeepResult, recipe: str) -> dict[str, Any]:
         "unit": "record",
         "noise_multiplier": result.noise_multiplier,
         "steps": len(result.steps),
+        "ranks": ranks,
         "tune": result.tuned.mode,
         "trained_parameters": result.tuned.count,
         "parameters": result.tuned.total,

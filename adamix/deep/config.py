@@ -41,7 +41,7 @@ class DeepConfig(Budget):
         head: name of the module that "head", "bias" and "lora" train; None: it is looked for.
         lora_rank: rank of the adapters.
         micro_batch_size: rows in one backward pass, public and private ones; a batch that is larger takes several.
-            None: what four batches in five fit in.
+            None: what five batches in six fit in. Of several ranks each has passes of this size.
         precision: "float32"; "autocast" (bfloat16 where torch deems it safe); "bfloat16" (parameters too).
         checkpointing: whether activations are computed again in the backward pass, to save memory; of models of
             transformers.
@@ -101,10 +101,13 @@ class DeepConfig(Budget):
             f"pass more than public_batch_size, {self.public_batch_size}, or None: the public rows are in one pass",
         )
 
-    @property
-    def rows_per_pass(self) -> int:
-        """Rows in one backward pass. It follows from what may be public, never from a batch that was drawn."""
+    def rows_per_pass(self, ranks: int = 1) -> int:
+        """Rows in one backward pass of a rank. It follows from what may be public, never from a batch that was drawn.
+
+        Without `micro_batch_size`: what a batch exceeds by more than its standard deviation in one case of six.
+        """
         if self.micro_batch_size is not None:
             return self.micro_batch_size
-        spread = math.sqrt(self.expected_batch_size * (1 - self.sample_rate))
-        return self.public_batch_size + math.ceil(self.expected_batch_size + spread)
+        expected = self.expected_batch_size / ranks
+        spread = math.sqrt(expected * (1 - self.sample_rate))
+        return math.ceil(self.public_batch_size / ranks) + math.ceil(expected + spread)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from adamix.deep.config import DeepConfig
 from adamix.deep.data import Data, PublicBatches, secret_generators
 from adamix.deep.losses import Loss
+from adamix.deep.ranks import Ranks
 from adamix.deep.weights import Training, traces_of
 from adamix.errors import InputError
 from adamix.private_phase import Step
@@ -34,6 +35,7 @@ class Task:
     public: PublicBatches
     context: Callable[[], AbstractContextManager[Any]]  # of every forward pass
     device: torch.device
+    ranks: Ranks
 
     def losses(self, batch: Any) -> Tensor:
         with self.context():
@@ -49,7 +51,9 @@ def public_phase(task: Task, training: Training, config: DeepConfig, on_step: Ca
     optimizer = training.optimizer
     for step in range(1, config.public_steps + 1):
         rows = task.public.rows(1, step)
-        (task.losses(task.public.data.batch(rows)).sum() / len(rows)).backward()
+        if own := task.ranks.share(rows):
+            (task.losses(task.public.data.batch(list(own))).sum() / len(rows)).backward()
+        task.ranks.add_gradients(list(training.named.values()))
         optimizer.step()
         optimizer.zero_grad()
         on_step(step)
@@ -58,9 +62,14 @@ def public_phase(task: Task, training: Training, config: DeepConfig, on_step: Ca
 
 
 def make_engine(
-    task: Task, optimizer: torch.optim.Optimizer, config: DeepConfig, noise_multiplier: float, noise: Noise
+    task: Task,
+    optimizer: torch.optim.Optimizer,
+    config: DeepConfig,
+    noise_multiplier: float,
+    noise: Noise,
+    alone: bool = False,
 ) -> DPEngine:
-    """The engine of phase 2.
+    """The engine of phase 2, over all ranks unless it is to be `alone`.
 
     Raises:
         InputError: the model or the settings are nothing for it.
@@ -80,6 +89,7 @@ def make_engine(
                 strategy=config.strategy,
                 loss_reduction="sum",
                 noise=noise,
+                process_group="local" if alone else task.ranks.group,
             )
     except (PrivacyError, ValueError, TypeError) as error:
         raise InputError(f"model: the private engine does not take it: {error}") from error
@@ -92,11 +102,11 @@ def try_on_public_rows(task: Task, optimizer: torch.optim.Optimizer, config: Dee
     Raises:
         InputError: the engine refuses the model, or a forward pass leaves something of the rows in it.
     """
-    engine = make_engine(task, optimizer, config, 0.0, Noise(0))
+    engine = make_engine(task, optimizer, config, 0.0, Noise(0), alone=True)
     rows = task.public.rows(1, 0)
     try:
         before = traces_of(task.model)
-        few = range(min(len(rows), config.rows_per_pass - len(rows)))
+        few = range(min(len(rows), max(1, config.rows_per_pass(task.ranks.size) - len(rows))))
         for batch in _passes(task, rows, task.public.data, few, config):
             _backward(task, engine, batch, config.public_weight)
         if found := before.changed(traces_of(task.model)):
@@ -117,7 +127,6 @@ def mixed_phase(
     private: Data,
     config: DeepConfig,
     engine: DPEngine,
-    noise: Noise,
     *,
     anchor: Tensor,
     charge: Callable[[], None],
@@ -131,7 +140,11 @@ def mixed_phase(
         anchor: the phase-1 weights `[P]`.
         charge: called in each step before its batch is drawn; what it raises ends the run with nothing drawn.
     """
-    sampler = PoissonSampler(len(private), config.sample_rate, noise=noise) if len(private) else None
+    ranks, sampler = task.ranks, None
+    if len(private):
+        sampler = PoissonSampler(
+            len(private), config.sample_rate, noise=engine.noise, rank=ranks.rank, world_size=ranks.size
+        )
     fixed = traces_of(task.model)
     for number in range(finished + 1, last + 1):
         charge()
@@ -144,6 +157,8 @@ def mixed_phase(
                 losses = found if losses is None else losses
         if changed := fixed.changed(traces_of(task.model)):
             raise InputError(f"model: a forward pass on private rows changed {changed}; the step was not taken")
+        if losses is not None:
+            losses = engine.gather(losses)
         training.optimizer.step()
         training.optimizer.zero_grad()
         training.pull(anchor, training.rate * config.anchor)
@@ -161,6 +176,7 @@ def mixed_phase(
 class _Batch:
     """Of one backward pass: `public` rows, then private ones, `count` together, then rows that count nothing."""
 
+    first: bool  # of the step
     rows: Any
     public: int
     count: int
@@ -169,28 +185,28 @@ class _Batch:
 def _passes(
     task: Task, public_rows: list[Any], private: Data, chosen: Sequence[int], config: DeepConfig
 ) -> Iterator[_Batch]:
-    """The batches of a step: public rows are in the first, private ones are loaded as they come.
+    """The batches of a step: this rank's public rows are in the first, private ones are loaded as they come.
 
     Where the loss is by row, all have the same number of rows, whatever was drawn. A sum of floats may end otherwise
     where a batch is a row longer: so the public gradients and thresholds, which have no noise, do not tell how many
     private rows there are.
     """
-    size, start = config.rows_per_pass, 0
+    size, start = config.rows_per_pass(task.ranks.size), 0
     while start == 0 or start < len(chosen):
-        first = public_rows if start == 0 else []
+        first = task.ranks.share(public_rows) if start == 0 else []
         stop = start + size - len(first)
         rows = [*first, *private.rows(chosen[start:stop])]
         filled = rows + [public_rows[0]] * (size - len(rows) if task.by_row else 0)
-        yield _Batch(task.public.data.batch(filled), len(first), len(rows))
+        yield _Batch(start == 0, task.public.data.batch(filled), len(first), len(rows))
         start = stop
 
 
 def _backward(task: Task, engine: DPEngine, batch: _Batch, weight: float) -> Tensor | None:
     """The losses of the public rows, which are public too; None where the loss is a sum over all."""
-    with engine.mixed(slice(0, batch.public), weight) if batch.public else nullcontext():
+    with engine.mixed(slice(0, batch.public), weight) if batch.first else nullcontext():
         losses = task.losses(batch.rows)
         engine.backward(losses[: batch.count].sum() if task.by_row else losses)
-    return _public_losses(losses, batch) if task.by_row and batch.public else None
+    return _public_losses(losses, batch) if task.by_row and batch.first else None
 
 
 def _public_losses(losses: Tensor, batch: _Batch) -> Tensor:

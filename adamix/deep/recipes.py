@@ -146,8 +146,11 @@ def _transformers() -> Any:
 
 
 def _built(build: Any) -> nn.Module:
+    """Random weights are the same every time: a resumed run needs those that are not trained."""
     try:
-        model: nn.Module = build()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model: nn.Module = build()
     except Exception as error:  # transformers raises many types
         raise InputError(f"model: cannot be made ({one_line(error)}); name a folder with pretrained weights") from error
     return model

@@ -16,6 +16,7 @@ from adamix.deep.data import Collate, Data, PublicBatches, secret_generators
 from adamix.deep.losses import Loss, check_loss, count_classes, default_loss, measure
 from adamix.deep.memory import recompute_activations
 from adamix.deep.phases import Task, make_engine, mixed_phase, public_phase, try_on_public_rows
+from adamix.deep.ranks import RankRecorder, Ranks, recording_on
 from adamix.deep.tuning import Tuned, tune
 from adamix.deep.weights import MakeOptimizer, Training, maker
 from adamix.errors import InputError
@@ -23,7 +24,7 @@ from adamix.ledger import Ledger
 from adamix.models import check_module, eval_mode
 from adamix.privacy import warn_if_weak
 from adamix.private_phase import Step
-from adamix.recorder import Recorder, digest_of, recording
+from adamix.recorder import digest_of
 from adamix.rows import check_no_overlap
 from adamix_kernels import Noise
 
@@ -68,6 +69,9 @@ class DeepAdaMix:
 
     The model is trained in place, in eval mode, in both phases: masks of dropout would tell how many private rows there
     are. It is left in the mode it came in.
+
+    Where torch.distributed is initialised with several processes, all of them train one model: each calls `fit` with
+    the same data, and takes its share of every batch. Rank 0 opens the ledger and writes the checkpoints.
 
     Args:
         model: samples in dimension 0 of all inputs, kept apart; no BatchNorm, no forward hooks, and a forward pass
@@ -143,6 +147,7 @@ class DeepAdaMix:
         config = self.config
         warn_if_weak(config)
         device = next(self.model.parameters()).device
+        ranks = Ranks.of(self.model)
         low = config.precision == "bfloat16"
         if low:
             self.model.to(torch.bfloat16)
@@ -161,9 +166,10 @@ class DeepAdaMix:
         if not len(data["public"]):
             raise InputError("public: has no rows; pass some")
         tuned = tune_as(self.model, config)
+        ranks.agree([*self.model.parameters(), *self.model.buffers()])
         training = Training(self.model, self._make_public)
         with eval_mode(self.model), recompute_activations(self.model, config.checkpointing):
-            task, classes = self._task(data["public"], config, device)
+            task, classes = self._task(data["public"], config, device, ranks)
             with secret_generators(device):
                 public_rows = _compared(data, classes)
             fixed = {
@@ -172,11 +178,12 @@ class DeepAdaMix:
                 "frozen parameters and buffers": digest_of(*_rest(self.model, tuned)),
                 "optimizer": type(training.optimizer).__name__,
             }
-            with recording(config, ledger, checkpoint, every=checkpoint_every, resume=resume, fixed=fixed) as recorder:
+            of_run = {"every": checkpoint_every, "resume": resume, "fixed": fixed}
+            with recording_on(ranks, config, ledger, checkpoint, **of_run) as recorder:
                 try_on_public_rows(task, training.optimizer, config)
                 return self._train(recorder, task, training, tuned, data, classes, on_public_step, on_step)
 
-    def _task(self, public: Data, config: DeepConfig, device: torch.device) -> tuple[Task, int | None]:
+    def _task(self, public: Data, config: DeepConfig, device: torch.device, ranks: Ranks) -> tuple[Task, int | None]:
         """Also tries the loss, on a few public rows."""
 
         def context() -> AbstractContextManager[Any]:
@@ -188,11 +195,11 @@ class DeepAdaMix:
             by_row = check_loss(self.model, self._loss, together, alone, exact=config.precision == "float32")
             classes = count_classes(self.model, together) if self._loss is default_loss else None
         batches = PublicBatches(public, config.public_batch_size, config.seed)
-        return Task(self.model, self._loss, by_row, batches, context, device), classes
+        return Task(self.model, self._loss, by_row, batches, context, device, ranks), classes
 
     def _train(
         self,
-        recorder: Recorder[DeepConfig],
+        recorder: RankRecorder,
         task: Task,
         training: Training,
         tuned: Tuned,
@@ -213,7 +220,9 @@ class DeepAdaMix:
         def figures() -> tuple[float | None, float | None]:
             if test is None:
                 return None, None
-            return measure(self.model, self._loss, test.batches(config.rows_per_pass), classes, task.context)
+            return measure(
+                self.model, self._loss, test.batches(config.rows_per_pass(task.ranks.size)), classes, task.context
+            )
 
         public_error, public_loss = figures()
         training = Training(self.model, self._make)  # a new optimizer: the moments of phase 1 are not those of phase 2
@@ -232,7 +241,6 @@ class DeepAdaMix:
                 data["private"],
                 config,
                 engine,
-                noise,
                 anchor=anchor,
                 charge=recorder.charge,
                 finished=len(recorder.steps),

@@ -239,6 +239,21 @@ def test_nothing_returned_has_touched_a_private_row(name: str, released: list[in
     assert one == run([], RUNS[name])[1]
 
 
+@pytest.mark.parametrize("micro", [60, 15])
+def test_every_pass_has_as_many_rows_whatever_was_drawn(micro: int) -> None:
+    """Products of matrices of other sizes may round otherwise: that would tell of the number of private rows."""
+    sizes: list[int] = []
+
+    def loss(model: Any, batch: Any) -> Tensor:
+        sizes.append(len(batch[0]))
+        return torch.nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    for private, rate in ((PRIVATE, 0.3), (OTHER, 1.0), ([], 1.0)):
+        sizes.clear()
+        fit(private=private, sample_rate=rate, micro_batch_size=micro, public_steps=0, loss=loss)
+        assert len(sizes) > 4 + 3 and set(sizes[4:]) == {micro}, "after four that try the loss"
+
+
 def test_nothing_written_has_touched_a_private_row(tmp_path: Path, released: list[int]) -> None:
     seen = []
     for name, private in (("one", PRIVATE), ("other", OTHER)):

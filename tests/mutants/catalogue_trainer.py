@@ -40,7 +40,7 @@ DEEP_TRAINER_MUTANTS = [
         PHASES,
         "(size - len(rows) if task.by_row else 0)",
         "0",
-        (f"{RUNS}::test_nothing_returned_has_touched_a_private_row",),
+        (f"{RUNS}::test_every_pass_has_as_many_rows_whatever_was_drawn",),
     ),
     Mutant(
         "the engine divides a sum by the rows of the batch",
