@@ -45,7 +45,7 @@ class DeepConfig(Budget):
         precision: "float32"; "autocast" (bfloat16 where torch deems it safe); "bfloat16" (parameters too).
         checkpointing: whether activations are computed again in the backward pass, to save memory; of models of
             transformers.
-        compile: whether the model is compiled.
+        compile: whether the model is compiled, by torch.compile.
         num_workers: threads that load the rows of a batch.
         seed: draws the public rows of each step; never private rows or noise.
         noise_mode: "fast" (Philox, sums in floating point) or "secure" (ChaCha20, sums and noise on an integer grid).

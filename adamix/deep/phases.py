@@ -27,9 +27,11 @@ _LEAST = 1e-12
 
 @dataclass(frozen=True)
 class Task:
-    """What both phases work on. `by_row`: the loss gives one number a row, `[N]`, not their sum."""
+    """What both phases work on. `by_row`: the loss gives one number a row, `[N]`, not their sum. `called` is the model
+    itself, or compiled."""
 
     model: nn.Module
+    called: nn.Module
     loss: Loss
     by_row: bool
     public: PublicBatches
@@ -39,7 +41,7 @@ class Task:
 
     def losses(self, batch: Any) -> Tensor:
         with self.context():
-            return self.loss(self.model, batch)
+            return self.loss(self.called, batch)
 
 
 def public_phase(task: Task, training: Training, config: DeepConfig, on_step: Callable[[int], None]) -> None:

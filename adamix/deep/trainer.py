@@ -195,7 +195,8 @@ class DeepAdaMix:
             by_row = check_loss(self.model, self._loss, together, alone, exact=config.precision == "float32")
             classes = count_classes(self.model, together) if self._loss is default_loss else None
         batches = PublicBatches(public, config.public_batch_size, config.seed)
-        return Task(self.model, self._loss, by_row, batches, context, device, ranks), classes
+        called: Any = torch.compile(self.model) if config.compile else self.model
+        return Task(self.model, called, self._loss, by_row, batches, context, device, ranks), classes
 
     def _train(
         self,

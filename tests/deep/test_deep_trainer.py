@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from typing import Any
 
@@ -115,9 +116,9 @@ def test_both_phases_gain_on_real_data() -> None:
 
 @pytest.mark.parametrize("rate", [1.0, 0.25])
 def test_the_accounting_is_that_of_the_package(rate: float) -> None:
-    result = fit(epsilon=2.0, delta=1e-3, sample_rate=rate, expected_batch_size=round(40 * rate), steps=4)
-    assert result.noise_multiplier == calibrate(2.0, delta=1e-3, steps=4, sample_rate=rate)
-    expected = [spent(result.noise_multiplier, delta=1e-3, steps=t, sample_rate=rate) for t in (1, 2, 3, 4)]
+    result = fit(epsilon=2.0, delta=1e-3, sample_rate=rate, expected_batch_size=round(40 * rate), steps=2)
+    assert result.noise_multiplier == calibrate(2.0, delta=1e-3, steps=2, sample_rate=rate)
+    expected = [spent(result.noise_multiplier, delta=1e-3, steps=t, sample_rate=rate) for t in (1, 2)]
     assert result.epsilons == expected and result.epsilon == expected[-1] <= 2.0
 
 
@@ -134,7 +135,7 @@ def test_noise_has_the_size_that_was_accounted_for() -> None:
 
 def test_batches_may_be_empty_and_so_may_the_private_set() -> None:
     for private, rate in ((PRIVATE, 1e-12), ([], 1.0), ([], 0.5)):
-        result = fit(private=private, sample_rate=rate, public_weight=1.0)
+        result = fit(private=private, sample_rate=rate, delta=1e-20)
         assert len(result.steps) == 3 and vector(result).isfinite().all()
         torch.testing.assert_close(vector(result), vector(fit(private=[])))
 
@@ -163,6 +164,17 @@ def test_the_mode_of_the_model_comes_back_and_dropout_is_off() -> None:
         runs.append(vector(fit(model)))
         assert model.training and model[4].training and not model[3].training
     assert torch.equal(*runs)
+
+
+def test_a_compiled_model_trains_as_it_does_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    plain, compiled = (fit(compile=given, optimizer=plain_steps, steps=2) for given in (False, True))
+    torch.testing.assert_close(vector(plain), vector(compiled), rtol=1e-5, atol=1e-6)
+
+
+def test_secure_noise_takes_thresholds_by_layer() -> None:
+    result = fit(epsilon=2.0, delta=1e-3, noise_mode="secure")
+    assert vector(result).isfinite().all() and len(result.steps[0].thresholds) == 3
 
 
 def test_precisions() -> None:
