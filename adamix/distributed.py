@@ -1,8 +1,8 @@
 """Training on the ranks of a job: one ledger for all of them, checkpoints of sharded models, and starting again.
 
-A script that `torchrun --max-restarts` starts:
+A script that `TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --max-restarts=3` starts:
 
-    dist.init_process_group(timeout=distributed.TIMEOUT)
+    distributed.start()                                     # init_process_group, with a timeout
     model, optimizer = ...                                  # wrapped or sharded, without an engine yet
     ledger = distributed.RankLedger("rows.ledger")
     found = distributed.load("run1", model, optimizer, ledger)     # None at the first start
@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -48,11 +49,32 @@ from adamix.errors import InputError
 from adamix.ledger import Ledger
 from adamix_kernels import DPEngine
 
-#: For `init_process_group(timeout=)`: a rank that waits for one that is gone fails within it. The default is longer.
+#: A rank that waits for one that is gone fails within it. torch's own is 10 to 30 minutes.
 TIMEOUT = timedelta(seconds=45)
 
 _FORMAT = 1
 _KEPT = 2
+
+
+def start(backend: str | None = None, timeout: timedelta = TIMEOUT) -> None:
+    """`torch.distributed.init_process_group` in a script that torchrun started.
+
+    Args:
+        backend: None takes gloo for tensors of the host and NCCL for those of a GPU, where there are any.
+        timeout: after which a rank that waits for another fails. A longest pause, such as loading data on rank 0 alone,
+            must fit in it.
+
+    Raises:
+        InputError: torchrun may restart the ranks, and would then send them to addresses of dead ones: a store is kept
+            from life to life (pytorch issue 135712). The message says what to set.
+    """
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if restarts and os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
+        raise InputError(
+            f"torchrun: --max-restarts={restarts} without TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment: "
+            "restarted ranks would look for dead ones; set it for torchrun"
+        )
+    dist.init_process_group(backend, timeout=timeout)
 
 
 def on_first(action: Callable[[], Any], group: Any = None) -> Any:
