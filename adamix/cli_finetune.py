@@ -84,7 +84,8 @@ def _finetune(arguments: argparse.Namespace, device: torch.device) -> dict[str, 
             resume=arguments.resume,
         )
     summary = _summarise(result, arguments.recipe, ranks.size)
-    ranks.on_first(lambda: _leave(arguments, summary, result, job))
+    if ranks.rank == 0:
+        _leave(arguments, summary, result, job)
     arguments.json &= ranks.rank == 0
     return summary
 

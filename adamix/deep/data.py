@@ -187,7 +187,9 @@ def _array(value: Any) -> Any:
 
 def _form(row: Any) -> Any:
     """Keys, or number of parts."""
-    return sorted(map(str, row)) if isinstance(row, Mapping) else (type(row).__name__, np.size(row[0]) and len(row))
+    if isinstance(row, Mapping):
+        return sorted(map(str, row))
+    return len(row) if isinstance(row, tuple | list) else type(row).__name__
 
 
 class PublicBatches:

@@ -6,6 +6,7 @@ the ledger and writes the checkpoints, and the others wait until that has succee
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from adamix.checkpoint import Checkpoint
 from adamix.deep.config import DeepConfig
-from adamix.distributed import TIMEOUT, on_first
+from adamix.distributed import on_first, start
 from adamix.errors import InputError
 from adamix.models import Weights
 from adamix.private_phase import Step
@@ -118,10 +119,12 @@ def job_of_torchrun(device: torch.device) -> Iterator[torch.device]:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    start("nccl" if device.type == "cuda" else "gloo")
     try:
         yield device
+        dist.barrier()
     finally:
+        gc.collect()  # a cycle that holds the group would end its threads after Python's, which aborts
         dist.destroy_process_group()
 
 

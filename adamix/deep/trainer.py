@@ -194,6 +194,11 @@ class DeepAdaMix:
         with torch.no_grad(), context():
             by_row = check_loss(self.model, self._loss, together, alone, exact=config.precision == "float32")
             classes = count_classes(self.model, together) if self._loss is default_loss else None
+        if config.noise_mode == "secure" and not by_row:
+            raise InputError(
+                "loss: is a sum over rows, with noise_mode='secure': batches are as long as what was drawn then, and "
+                "the last bits of public gradients tell of it; return the losses of the rows [N] (adamix.deep.token_loss)"
+            )
         batches = PublicBatches(public, config.public_batch_size, config.seed)
         called: Any = torch.compile(self.model) if config.compile else self.model
         return Task(self.model, called, self._loss, by_row, batches, context, device, ranks), classes
