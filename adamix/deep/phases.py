@@ -59,7 +59,7 @@ def public_phase(task: Task, training: Training, config: DeepConfig, on_step: Ca
         optimizer.step()
         optimizer.zero_grad()
         on_step(step)
-    if not training.weights().isfinite().all():
+    if not all(p.isfinite().all() for p in training.named.values()):
         raise InputError("public: phase 1 gives weights that are not finite; lower public_learning_rate")
 
 
@@ -219,4 +219,5 @@ def _numbers(engine: DPEngine, config: DeepConfig) -> tuple[float, ...]:
     if config.quantile is None:
         return (float(config.max_grad_norm or 0),)
     found = engine.thresholds
-    return tuple(map(float, found.values())) if isinstance(found, dict) else (float(found),)
+    values = list(found.values()) if isinstance(found, dict) else [found]
+    return tuple(torch.stack([x.to(values[0].device) for x in values]).tolist())

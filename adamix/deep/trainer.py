@@ -34,9 +34,9 @@ class DeepResult:
     """A trained model and what it cost. Nothing here was computed from private rows but through the mechanism.
 
     `model` is the one that was passed, trained; `tuned` tells what of it was, and `public_state` holds these parameters
-    after phase 1. Errors are percent of the test rows, losses their mean; None without test rows, errors also where the
-    model is no classifier. `public_loss` of a step is NaN where the loss is a sum over rows. The rest is as in
-    `adamix.Result`.
+    after phase 1, on the host. Errors are percent of the test rows, losses their mean; None without test rows, errors
+    also where the model is no classifier. `public_loss` of a step is NaN where the loss is a sum over rows. The rest is
+    as in `adamix.Result`.
     """
 
     model: nn.Module
@@ -197,7 +197,7 @@ class DeepAdaMix:
         if config.noise_mode == "secure" and not by_row:
             raise InputError(
                 "loss: is a sum over rows, with noise_mode='secure': batches are as long as what was drawn then, and "
-                "the last bits of public gradients tell of it; return the losses of the rows [N] (adamix.deep.token_loss)"
+                "the last bits of public gradients tell of it; return the losses of the rows [N], as token_loss does"
             )
         batches = PublicBatches(public, config.public_batch_size, config.seed)
         called: Any = torch.compile(self.model) if config.compile else self.model
@@ -219,9 +219,9 @@ class DeepAdaMix:
             public_phase(task, training, config, on_public_step or (lambda _: None))
             anchor = training.weights()
         else:
-            anchor = saved.anchor.to(task.device)
+            anchor = saved.anchor
             training.set_weights(anchor)
-        public_state = {name: p.detach().clone() for name, p in training.named.items()}
+        public_state = {name: p.detach().to("cpu", copy=True) for name, p in training.named.items()}
 
         def figures() -> tuple[float | None, float | None]:
             if test is None:
@@ -233,7 +233,7 @@ class DeepAdaMix:
         public_error, public_loss = figures()
         training = Training(self.model, self._make)  # a new optimizer: the moments of phase 1 are not those of phase 2
         if saved is not None:
-            training.set_weights(saved.weights.to(task.device))
+            training.set_weights(saved.weights)
             training.load_optimizer_state(saved.optimizer, saved.optimizer_state)
         recorder.begin(training, anchor=anchor, start=anchor)
         # Made after a checkpoint was read, of a fresh key: a resumed run shares no noise with the one before.
@@ -247,7 +247,7 @@ class DeepAdaMix:
                 data["private"],
                 config,
                 engine,
-                anchor=anchor,
+                anchor=anchor.to(task.device) if config.anchor else anchor,
                 charge=recorder.charge,
                 finished=len(recorder.steps),
                 last=recorder.last,

@@ -33,6 +33,11 @@ class Training(ParameterVector):
                 "parameters that returns a torch.optim.Optimizer"
             )
 
+    def weights(self) -> Tensor:
+        """A copy, `[P]` float32, on the host: a device may have no room for it."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return torch.cat([p.detach().cpu().flatten().float() for p in self._parameters])
+
     @property
     def rate(self) -> float:
         """The learning rate, of the first of its groups."""
