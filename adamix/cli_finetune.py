@@ -43,10 +43,15 @@ def add_finetune(commands: Commands) -> None:
 def finetune(arguments: argparse.Namespace) -> dict[str, Any]:
     """Run a recipe once and show what it gained; on the ranks of a job if `torchrun` started one."""
     with job_of_torchrun(find_device(arguments.device)) as device:
-        return _finetune(arguments, device)
+        ranks, result, job = _run(arguments, device)
+    summary = _summarise(result, arguments.recipe, ranks.size)
+    arguments.json &= ranks.rank == 0
+    if ranks.rank == 0:  # after the others were let go: large weights take their time
+        _leave(arguments, summary, result, job)
+    return summary
 
 
-def _finetune(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+def _run(arguments: argparse.Namespace, device: torch.device) -> tuple[Ranks, DeepResult, Job]:
     shape, settings = load_recipe(arguments.recipe, tiny=arguments.tiny)
     settings |= {key: value for key, value in vars(arguments).items() if key in DeepConfig.__dataclass_fields__}
     if "expected_batch_size" not in settings:
@@ -83,11 +88,7 @@ def _finetune(arguments: argparse.Namespace, device: torch.device) -> dict[str, 
             checkpoint_every=arguments.checkpoint_every,
             resume=arguments.resume,
         )
-    summary = _summarise(result, arguments.recipe, ranks.size)
-    if ranks.rank == 0:
-        _leave(arguments, summary, result, job)
-    arguments.json &= ranks.rank == 0
-    return summary
+    return ranks, result, job
 
 
 def _leave(arguments: argparse.Namespace, summary: dict[str, Any], result: DeepResult, job: Job) -> None:
