@@ -101,7 +101,7 @@ class PublicThresholds:
             raise PrivacyError(
                 f"max_grad_norm: the threshold{where} is due to be set by public rows, and this backward pass has "
                 "none; have them in the first one of a step, within mixed(public_rows), or pass "
-                f"{'PublicQuantile(start=)' if self.rule.start is None else 'a larger PublicQuantile(every=)'}"
+                f"{'a larger PublicQuantile(every=)' if name in self._values else 'PublicQuantile(start=)'}"
             )
         self._fixed.add(name)
         return self.known(name)
@@ -148,7 +148,7 @@ class PublicThresholds:
         return torch.tensor(value, dtype=torch.float64, device=next(p.device for _, p in self._engine._owned))
 
     def _share(self, value: float, name: str | None) -> float:
-        return value if name is None else value / math.sqrt(max(1, len(self.layers)))
+        return value / math.sqrt(max(1, len(self.layers))) if value and name is not None else value
 
     # --- by parameter: used together with others, it may be clipped in another layer than its own ------------------
 

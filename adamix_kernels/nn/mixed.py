@@ -40,7 +40,7 @@ class PublicRows:
         if not 0 <= weight <= sys.float_info.max:
             raise ValueError(f"weight: is {weight}; pass a finite number, 0 or above")
         self.weight = float(weight)
-        self._rows = rows if isinstance(rows, slice) else _mask(rows)
+        self._rows = rows if isinstance(rows, slice) else self._of(_mask(rows))
 
     def split(self, samples: int) -> Split:
         """Of a batch of so many rows.
@@ -51,20 +51,23 @@ class PublicRows:
         rows = self._rows
         if isinstance(rows, slice):
             start, stop, step = rows.indices(samples)
-            if step != 1 or (rows.stop or 0) > samples:
+            if step != 1 or max(rows.start or 0, rows.stop or 0) > samples:
                 raise PrivacyError(
                     f"public_rows: is {rows} for a batch of {samples} rows; pass a slice of some of them"
                 )
             return self._run(samples, start, max(start, stop))
-        if len(rows) != samples:
+        if rows.samples != samples:
             raise PrivacyError(
-                f"public_rows: is a mask of {len(rows)} rows for a batch of {samples}; pass one bool each"
+                f"public_rows: is a mask of {rows.samples} rows for a batch of {samples}; pass one bool each"
             )
-        public = rows.nonzero().flatten()
+        return rows
+
+    def _of(self, mask: Tensor) -> Split:
+        public = mask.nonzero().flatten()
         if not len(public) or int(public[-1]) - int(public[0]) == len(public) - 1:
             first = int(public[0]) if len(public) else 0
-            return self._run(samples, first, first + len(public))
-        return Split(samples, public, (~rows).nonzero().flatten(), len(public), self.weight)
+            return self._run(len(mask), first, first + len(public))
+        return Split(len(mask), public, (~mask).nonzero().flatten(), len(public), self.weight)
 
     def _run(self, samples: int, start: int, stop: int) -> Split:
         """Rows one after another; so are the others if they are all before or all after them."""

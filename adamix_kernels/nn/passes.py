@@ -228,12 +228,13 @@ class Passes:
         split = sums.split
         if split is None:
             return
+        public = [factors.take(split.public) for _, factors in parts]
         if sums.wants_norms(layer):
-            sums.set_threshold(_total([factors.take(split.public).norm_sq() for _, factors in parts]), layer)
+            sums.set_threshold(_total([factors.norm_sq() for factors in public]), layer)
         for i, (parameters, factors) in enumerate(parts):
             if split.count and split.weight:
-                public = factors.take(split.public)
-                for parameter, total in zip(parameters, public.clip_sum(sums.public_coef(parameters[0])), strict=True):
+                exact = public[i].clip_sum(sums.public_coef(parameters[0]))
+                for parameter, total in zip(parameters, exact, strict=True):
                     sums.add_public(parameter._dp_name, total)
             parts[i] = parameters, factors.take(split.private)
 

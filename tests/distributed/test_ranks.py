@@ -55,11 +55,36 @@ def keep_unsharded(strategy: str) -> float:
     return checks.sharded(strategy, reshard_after_forward=False)
 
 
+#: The checks that a test looks at, by the beginning of their names.
+LOOKS_AT = {
+    "test_weights_are_those_of_one_process": "same",
+    "test_public_rows_are_those_of_all_ranks": "mixed",
+    "test_noise_is_drawn_once": "noise",
+    "test_buckets_change_nothing": "a_large_bucket_is_many",
+    "test_ranks_may_have_other_numbers_of_passes": "micro",
+    "test_public_gradients_are_averaged": "public_rows",
+    "test_ranks_join_one_that_runs_its_layers_again": "doubt_on_one_rank",
+    "test_sums_of_low_precision_are_float32": "low precision",
+    "test_sharded_models_of_other_kinds": "kept unsharded, frozen_and_thawed, shared_table",
+    "test_replicas_of_shards": "hybrid",
+    "test_detach_leaves_no_trace": "detached",
+    "test_a_checkpoint_goes_on_with_other_ranks": "saved, resumed",
+    "test_values_of_all_ranks_are_gathered": "gathered",
+    "test_a_step_that_makes_the_state_of_an_optimizer_is_none": "stateless",
+    "test_all_ranks_have_one_key": "key_is_shared",
+    "test_noise_follows_the_largest_threshold": "thresholds_differ",
+    "test_refused_on_all_ranks": "refusals",
+}
+
+
 @pytest.fixture(scope="module")
-def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
-    """Results by size, rank and check."""
+def jobs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
+    """Results by size, rank and check, of the checks that the chosen tests look at."""
     folder = tmp_path_factory.mktemp("ranks")
-    return {size: spawned.run(size, folder, plan(size, folder)) for size in (2, 4)}
+    chosen = {getattr(item, "originalname", "") for item in request.session.items}
+    wanted = tuple(name for test in chosen if test in LOOKS_AT for name in LOOKS_AT[test].split(", "))
+    plans = {size: [check for check in plan(size, folder) if check[0].startswith(wanted)] for size in (2, 4)}
+    return {size: spawned.run(size, folder, checks) for size, checks in plans.items()}
 
 
 @pytest.fixture(params=[2, 4], ids=["2 ranks", "4 ranks"])
