@@ -19,7 +19,7 @@ import dp_accounting
 from dp_accounting.pld import PLDAccountant
 from scipy import optimize
 
-from adamix.config import Config
+from adamix.config import Budget
 from adamix.errors import InputError
 from adamix_kernels import SamplingEvent
 from adamix_kernels.ops.noise import warn_if_fast
@@ -246,7 +246,7 @@ def _round_up(noise_multiplier: float) -> float:
     return math.ceil(noise_multiplier / unit) * unit
 
 
-def warn_if_weak(config: Config) -> None:
+def warn_if_weak(config: Budget) -> None:
     """Say loudly what a reader of the result must know."""
     if math.isinf(config.epsilon):
         warnings.warn("epsilon: inf, so NO NOISE is added: the result has no privacy guarantee", stacklevel=3)

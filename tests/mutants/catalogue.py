@@ -8,6 +8,7 @@ from catalogue_ledger import LEDGER_MUTANTS
 from catalogue_mixed import MIXED_MUTANTS
 from catalogue_resume import RESUME_MUTANTS
 from catalogue_secure import SECURE_MUTANTS
+from catalogue_trainer import DEEP_TRAINER_MUTANTS
 from mutant import Mutant
 
 ENGINE = "adamix_kernels/nn/engine.py"
@@ -483,5 +484,6 @@ MUTANTS = [
     *SECURE_MUTANTS,
     *USER_MUTANTS,
     *FLOW_MUTANTS,
+    *DEEP_TRAINER_MUTANTS,
     *DISTRIBUTED_MUTANTS,
 ]
