@@ -45,13 +45,15 @@ class StepSums:
         self.totals.clear()
         self.staged.clear()
         self._limits, self.norm_sq = [], []
-        for of_step in (self.grid, self.users):
+        for of_step in (self.grid, self.users, self._engine._subspace):
             if of_step is not None:
                 of_step.forget()
 
     def drop(self, name: str) -> None:
-        """The sum of one parameter."""
+        """The sum of one parameter; coordinates in a subspace are of all."""
         self.totals.pop(name, None)
+        if self._engine._subspace is not None:
+            self._engine._subspace.forget()
 
     # --- a backward pass -----------------------------------------------------------------------------------------
 
@@ -62,6 +64,8 @@ class StepSums:
         self.threshold = self._threshold_now()
         if self.grid is not None:
             self.grid.begin_pass(self.threshold)
+        if self._engine._subspace is not None:
+            self._engine._subspace.begin_pass()
 
     def _threshold_now(self) -> Threshold:
         engine = self._engine
@@ -98,6 +102,8 @@ class StepSums:
         _accumulate(self.staged, parameter._dp_name, total if self.grid else total.to(sum_dtype(total)))
 
     def end_pass(self, norm_sq: Tensor) -> None:
+        if self._engine._subspace is not None and not self._engine._subspace.end_pass():
+            return  # of public rows
         true_norm_sq = norm_sq / self.scale(len(norm_sq)) ** 2
         if self.users is not None:
             true_norm_sq = self.users.end_pass(true_norm_sq)
@@ -114,6 +120,8 @@ class StepSums:
         engine = self._engine
         if (engine.noise.mode == "secure") != (self.grid is not None):
             raise PrivacyError("noise: was replaced by one of another mode; make a new DPEngine with it")
+        if engine._subspace is not None:
+            return engine._subspace.release(trained)
         sums = [self.totals[name] if name in self.totals else self._zeros(p) for name, p in trained]
         limits = self._limits or [self._threshold_now().whole]
         limit = functools.reduce(larger, limits)

@@ -14,9 +14,10 @@ from adamix_kernels.ops._numerics import rows, sum_dtype
 from adamix_kernels.ops.gram import Side, entry_products, finished, position_products, products_oracle, row_products
 from adamix_kernels.spec import Case, Cost, Out, define_op
 
-#: What method "auto" goes by, measured on the CPU (2 cores, AVX-512, float32): a pair of positions also costs what so
-#: many multiply-additions do, as the products of both kinds of factors are written, multiplied and added.
-_PAIR = 64
+#: What method "auto" goes by, measured on the CPU (one thread, AVX-512, float32; other devices run the same reference,
+#: not measured): a pair of positions also costs what so many multiply-additions do, for its two products are written,
+#: multiplied and added; what is made of a gradient's entries is written and read, and runs at 1 / 1.7 of the speed.
+_PAIR, _ENTRY = 64, 1.7
 
 
 def _check_pair(positions: dict[str, tuple[Tensor, Tensor]]) -> None:
@@ -100,10 +101,12 @@ def _linear_cases() -> list[Case]:
     ]
 
 
-def by_gram(own: int, other: int, positions: int, other_positions: int, inner: int, outer: int) -> bool:
-    """Whether positions with positions are cheaper than the gradients of all samples, made a part at a time."""
-    direct = (own * positions + other * other_positions + own * other) * inner * outer
-    return own * other * positions * other_positions * (inner + outer + _PAIR) < direct
+def by_gram(own: tuple[int, int], other: tuple[int, int], inner: int, outer: int, alike: bool = False) -> bool:
+    """Whether positions with positions are cheaper than the gradients; sides are (samples, positions)."""
+    (samples, positions), (others, other_positions) = own, other
+    made = samples * positions + (0 if alike else others * other_positions)
+    direct = (made + samples * others) * inner * outer
+    return samples * others * positions * other_positions * (inner + outer + _PAIR) < _ENTRY * direct
 
 
 def _linear_cost(activations: Tensor, backprops: Tensor, other_activations: Tensor, **_: Any) -> Cost:
@@ -165,7 +168,7 @@ def linear_gram(
     kind = sum_dtype(a, g, b, h)
     own = Side.of(a, g, kind=kind)
     other = own if alike else Side.of(b, h, kind=kind)
-    gram = by_gram(len(a), len(b), a.shape[1], b.shape[1], a.shape[2], g.shape[2])
+    gram = by_gram((len(a), a.shape[1]), (len(b), b.shape[1]), a.shape[2], g.shape[2], alike)
     total = (position_products if method == "gram" or (method == "auto" and gram) else entry_products)(own, other)
     if bias:
         total += row_products(g.sum(1, dtype=kind), h.sum(1, dtype=kind))
