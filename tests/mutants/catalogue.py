@@ -6,6 +6,7 @@ from catalogue_flow import FLOW_MUTANTS, USER_MUTANTS
 from catalogue_ledger import LEDGER_MUTANTS
 from catalogue_resume import RESUME_MUTANTS
 from catalogue_secure import SECURE_MUTANTS
+from catalogue_subspace import SUBSPACE_MUTANTS
 from mutant import Mutant
 
 ENGINE = "adamix_kernels/nn/engine.py"
@@ -445,4 +446,5 @@ MUTANTS = [
     *SECURE_MUTANTS,
     *USER_MUTANTS,
     *FLOW_MUTANTS,
+    *SUBSPACE_MUTANTS,
 ]
