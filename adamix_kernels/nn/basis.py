@@ -11,10 +11,19 @@ from torch import Tensor
 from adamix_kernels.nn.errors import PrivacyError
 from adamix_kernels.nn.factors import Factors
 from adamix_kernels.nn.inner_products import inner_products, weighted_sum
+from adamix_kernels.nn.parameter import PrivateParameter
 from adamix_kernels.nn.report import held
 from adamix_kernels.ops.subspace import directions
 
 Parts = dict[tuple[str, ...], Factors]  # by the names of the parameters
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that are clipped as one: of a layer, or of the whole model if `layer` is None."""
+
+    layer: str | None
+    projected: bool
 
 
 @dataclass
@@ -56,6 +65,10 @@ class Basis:
 
     def _by_chunk(self, x: Tensor) -> Sequence[Tensor]:
         return x.split([len(scale) for scale in self.scales], dim=1)
+
+
+def names_of(parameters: Sequence[PrivateParameter]) -> tuple[str, ...]:
+    return tuple(p._dp_name for p in parameters)
 
 
 def floats(part: Factors) -> list[Tensor]:

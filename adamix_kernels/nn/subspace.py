@@ -17,29 +17,22 @@ S_g / C_g has sensitivity sqrt(G), so group g gets noise of standard deviation s
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from adamix_kernels.nn.basis import Basis, floats
-from adamix_kernels.nn.clipping import Limit, factors, larger
+from adamix_kernels.nn.basis import Basis, Group, names_of
+from adamix_kernels.nn.clipping import Limit
 from adamix_kernels.nn.errors import PrivacyError
 from adamix_kernels.nn.factors import Factors
 from adamix_kernels.nn.inner_products import copied
-from adamix_kernels.nn.metrics import Metrics
 from adamix_kernels.nn.parameter import PrivateParameter
 from adamix_kernels.nn.report import held, mebi, size_of
-from adamix_kernels.ops._numerics import sum_dtype
-from adamix_kernels.ops.clip import clip_sum
-from adamix_kernels.ops.grid import MOST_ROWS, grid_clip_sum, grid_for, grid_release
-from adamix_kernels.ops.noise import add_gaussian_noise_
-from adamix_kernels.ops.norm import grad_norm_sq
+from adamix_kernels.nn.subspace_sums import SubspaceSums
 from adamix_kernels.ops.quantile import norm_quantile
 from adamix_kernels.ops.subspace import check_directions
 
@@ -50,29 +43,6 @@ Record = tuple[tuple[PrivateParameter, ...], Factors]
 
 #: A public quantile is not below this share of the largest norm: a threshold must be above 0.
 _LEAST = 1e-6
-
-
-@dataclass(frozen=True)
-class Group:
-    """Parameters that are clipped as one: of a layer, or of the whole model if `layer` is None."""
-
-    layer: str | None
-    projected: bool
-
-
-@dataclass
-class _Pass:
-    """Clipped sums of one backward pass, or of several, by group."""
-
-    limits: dict[Group, Limit] = field(default_factory=dict)
-    sums: dict[Group, dict[str, Tensor]] = field(default_factory=dict)
-    grids: dict[Group, float] = field(default_factory=dict)  # in secure mode, whose sums are int64
-    groups: int = 0
-    samples: int = 0
-
-    def add(self, group: Group, name: str, total: Tensor) -> None:
-        own = self.sums.setdefault(group, {})
-        own[name] = own[name].add_(total) if name in own else total
 
 
 class PublicSubspace:
@@ -111,11 +81,10 @@ class PublicSubspace:
         self._engine, self._parameters = engine, None if parameters is None else tuple(parameters)
         self._rank, self._energy, self._quantile, self._every = rank, energy, quantile, every
         self.max_bytes = max_bytes
-        self._bases: dict[Group, Basis] = {}
+        self.bases: dict[Group, Basis] = {}
         self._new: dict[Group, Basis] | None = None  # while public rows run
         self._made_at: int | None = None
-        self._staged, self._step = _Pass(), _Pass()
-        self._passes: list[dict[Group, Limit]] = []
+        self.sums = SubspaceSums(engine, self)
 
     # --- what it knows -------------------------------------------------------------------------------------------
 
@@ -127,28 +96,28 @@ class PublicSubspace:
     @property
     def ranks(self) -> dict[str, int]:
         """Directions, by layer, or of "" if all parameters are one group."""
-        return {group.layer or "": len(basis.matrix) for group, basis in self._bases.items()}
+        return {group.layer or "": len(basis.matrix) for group, basis in self.bases.items()}
 
     @property
     def thresholds(self) -> dict[str, float]:
         """Of coordinates, by layer, if they are a public quantile."""
-        limits = {g.layer or "": self._public_limit(g) for g in self._bases} if self._quantile is not None else {}
+        limits = {g.layer or "": self._public_limit(g) for g in self.bases} if self._quantile is not None else {}
         return {name: limit for name, limit in limits.items() if limit is not None}
 
     @property
     def rows(self) -> int:
         """Public rows that are kept."""
-        return max((sum(map(len, basis.scales)) for basis in self._bases.values()), default=0)
+        return max((sum(map(len, basis.scales)) for basis in self.bases.values()), default=0)
 
     @property
     def memory(self) -> int:
         """Bytes of the public rows' factors and of M: all that is kept between steps."""
-        return _bytes(self._bases)
+        return _bytes(self.bases)
 
     def __repr__(self) -> str:
-        if not self._bases:
+        if not self.bases:
             return f"PublicSubspace(no public rows yet, at most {mebi(self.max_bytes)})"
-        ranks, energies = sorted(self.ranks.values()), sorted(basis.energy for basis in self._bases.values())
+        ranks, energies = sorted(self.ranks.values()), sorted(basis.energy for basis in self.bases.values())
         parts = [
             f"rank {_range([str(rank) for rank in ranks])}",
             f"{self.rows} public rows",
@@ -176,9 +145,9 @@ class PublicSubspace:
         """
         if not self.due:
             return False
-        if self._passes:
+        if self.sums.pending:
             raise PrivacyError("refresh(): a backward pass waits for its step; call it before the first one of a step")
-        self._bases, self._made_at, self._new = {}, None, {}
+        self.bases, self._made_at, self._new = {}, None, {}
         try:
             with torch.enable_grad():
                 value = loss()
@@ -195,7 +164,7 @@ class PublicSubspace:
         with torch.no_grad():
             for basis in bases.values():
                 basis.compute(self._rank, self._energy)
-        self._bases, self._made_at = bases, self._engine.steps
+        self.bases, self._made_at = bases, self._engine.steps
         return True
 
     def _keep(self, new: dict[Group, Basis], groups: Mapping[Group, list[Record]], samples: int) -> None:
@@ -203,7 +172,7 @@ class PublicSubspace:
         for group, parts in groups.items():
             if group.projected:
                 basis = new.setdefault(group, Basis())
-                basis.chunks.append({_names(ps): copied(part, copies) for ps, part in parts})
+                basis.chunks.append({names_of(ps): copied(part, copies) for ps, part in parts})
                 scale = torch.full((samples,), self._engine._sums.scale(samples), dtype=torch.float64)
                 basis.scales.append(scale)
         size = _bytes(new)
@@ -214,14 +183,10 @@ class PublicSubspace:
                 f"pass about {max(1, int(kept * self.max_bytes / size))} rows, or fewer parameters, or raise max_bytes"
             )
 
-    # --- a backward pass -----------------------------------------------------------------------------------------
-
-    def forget(self) -> None:
-        """Sums since the last step; the subspace stays."""
-        self._staged, self._step, self._passes = _Pass(), _Pass(), []
-
-    def begin_pass(self) -> None:
-        self._staged = _Pass()
+    @property
+    def takes_public_rows(self) -> bool:
+        """Whether a backward pass is one of `refresh`."""
+        return self._new is not None
 
     def take(self, parts: Sequence[Record], layer: str | None) -> Tensor:
         """Gradients of a layer or the whole; squared norms `[B]` of what is clipped, as the loss scales it."""
@@ -232,72 +197,10 @@ class PublicSubspace:
         if self._new is not None:
             self._keep(self._new, groups, samples)
             return torch.zeros(samples, dtype=torch.float64)
-        self._check_current()
-        self._staged.samples = samples
-        self._staged.groups = max(self._staged.groups, len(self._trained()))
-        scale = self._engine._sums.scale(samples)
-        return torch.stack([self._clip(group, own) for group, own in groups.items()]).sum(0) * scale**2
+        self.check_current()
+        return self.sums.take(groups, samples)
 
-    def end_pass(self) -> bool:
-        """Whether it was of private rows."""
-        if self._new is not None:
-            return False
-        self._step.samples += self._staged.samples
-        self._step.groups = max(self._step.groups, self._staged.groups)
-        if self._engine._sums.grid is not None and self._step.samples > MOST_ROWS:
-            raise PrivacyError(f"backward(): {self._step.samples} samples since the last step; 2^36 are the most")
-        for group, sums in self._staged.sums.items():
-            for name, total in sums.items():
-                self._step.add(group, name, total)
-        self._step.grids |= self._staged.grids
-        self._passes.append(self._staged.limits)
-        self._staged = _Pass()
-        return True
-
-    def _clip(self, group: Group, parts: list[Record]) -> Tensor:
-        sums, limit = self._engine._sums, self._limit(group)
-        users = sums.users
-        if sums.grid is not None and any(p.get(group, limit) != limit for p in self._passes):
-            raise PrivacyError(
-                "max_grad_norm: was changed between the backward passes of one step, whose integer sums are of one "
-                "grid in secure mode; change it after the step, or pass Noise(mode='fast')"
-            )
-        self._staged.limits[group] = limit
-        samples = parts[0][1].samples
-        if group.projected:
-            if group not in self._bases:  # no public row reaches these parameters
-                return torch.zeros(samples, dtype=torch.float64, device=floats(parts[0][1])[0].device)
-            named = {_names(ps): part for ps, part in parts}
-            found = self._bases[group].coordinates(named, samples) / sums.scale(samples)
-            grads, names = [found if users is None else users.folded(found)], [""]
-        else:
-            whole = parts if users is None else users.summed(parts)
-            names = [p._dp_name for ps, _ in parts for p in ps]
-            scale = sums.scale(samples)
-            if users is None and sums.grid is None:  # they need not be made
-                norm_sq = torch.stack([part.norm_sq().double() for _, part in whole]).sum(0) / scale**2
-                coef = self._coef(norm_sq, limit)
-                totals = [total / scale for _, part in whole for total in part.clip_sum(coef)]
-                for name, total in zip(names, totals, strict=True):
-                    self._staged.add(group, name, total)
-                return norm_sq
-            grads = [grad.double() / scale for _, part in whole for grad in part.grad_sample()]
-        norm_sq = grad_norm_sq(grads)
-        coef = self._coef(norm_sq, limit)
-        if sums.grid is None:
-            totals = clip_sum(grads, coef)
-        else:
-            grid = self._step.grids.get(group) or grid_for(float(limit), float(self._std(limit, len(self._trained()))))
-            self._staged.grids[group] = grid
-            totals = grid_clip_sum(grads, coef, float(limit), grid)
-        for name, total in zip(names, totals, strict=True):
-            self._staged.add(group, name, total)
-        return norm_sq.double()
-
-    def _coef(self, norm_sq: Tensor, limit: Limit) -> Tensor:
-        return factors(norm_sq, limit, 1.0, self._engine.clipping == "automatic")
-
-    def _check_current(self) -> None:
+    def check_current(self) -> None:
         if self.due:
             old = f"it is of step {self._made_at}, and is to be computed anew every {self._every} steps"
             raise PrivacyError(
@@ -307,11 +210,11 @@ class PublicSubspace:
 
     # --- groups and thresholds -----------------------------------------------------------------------------------
 
-    def _inside(self, name: str) -> bool:
+    def inside(self, name: str) -> bool:
         return self._parameters is None or any(fnmatchcase(name, pattern) for pattern in self._parameters)
 
     def _group(self, parameters: Sequence[PrivateParameter], layer: str | None) -> Group:
-        inside = {self._inside(p._dp_name) for p in parameters}
+        inside = {self.inside(p._dp_name) for p in parameters}
         if len(inside) > 1:
             names = [p._dp_name for p in parameters]
             raise PrivacyError(
@@ -320,96 +223,31 @@ class PublicSubspace:
             )
         return Group(layer, inside.pop())
 
-    def _trained(self) -> set[Group]:
+    def trained(self) -> set[Group]:
         """The groups that a step releases."""
         engine = self._engine
         by_layer = engine.strategy == "per_layer"
         return {
-            Group(engine.layers[name] if by_layer else None, self._inside(name))
+            Group(engine.layers[name] if by_layer else None, self.inside(name))
             for name, p in engine._owned
             if p.requires_grad
         }
 
-    def _limit(self, group: Group) -> Limit:
+    def limit(self, group: Group) -> Limit:
         public = self._public_limit(group) if group.projected else None
         if public is not None:
             return public
         threshold = self._engine._sums.threshold
         limit = threshold.whole if group.layer is None else threshold.layer(group.layer)
-        both = Group(group.layer, not group.projected) in self._trained() and self._quantile is None
+        both = Group(group.layer, not group.projected) in self.trained() and self._quantile is None
         return limit / math.sqrt(2) if both else limit
 
     def _public_limit(self, group: Group) -> float | None:
-        basis = self._bases.get(group)
+        basis = self.bases.get(group)
         if self._quantile is None or basis is None or not len(basis.matrix):
             return None
         largest = float(basis.norm_sq.max()) ** 0.5
         return max(float(norm_quantile(basis.norm_sq.float(), self._quantile)), _LEAST * largest)
-
-    def _std(self, limit: Limit, groups: int) -> Limit:
-        """Of the noise on a group's sum; the vector of all sums over their thresholds has sensitivity sqrt(groups)."""
-        return limit * (self._engine.noise_multiplier * math.sqrt(groups))
-
-    # --- the step ------------------------------------------------------------------------------------------------
-
-    def release(self, trained: Sequence[tuple[str, Tensor]]) -> list[Tensor]:
-        """Noisy sums over the expected batch size, of parameters by name."""
-        self._check_current()
-        groups = self._trained()
-        count = max(len(groups), self._step.groups)
-        grads: dict[str, Tensor] = {}
-        shown: list[tuple[Tensor, Limit]] = []  # sums, and the deviation of their noise
-        for group in sorted(groups, key=str):
-            limit = functools.reduce(larger, [p[group] for p in self._passes if group in p], self._limit(group))
-            std = self._std(limit, count)
-            sums = self._sums_of(group, trained)
-            grid = self._step.grids.get(group, 1.0)
-            shown += [(total * grid, std) for total in sums.values()]
-            released = dict(zip(sums, self._noisy(list(sums.values()), group, limit, std), strict=True))
-            if not group.projected:
-                grads |= released
-            elif released:
-                grads |= self._bases[group].lift(released[""])
-        self._measure(shown)
-        divisor = self._engine.expected_batch_size
-        return [grads[n].div_(divisor) if n in grads else torch.zeros_like(p, requires_grad=False) for n, p in trained]
-
-    def _sums_of(self, group: Group, trained: Sequence[tuple[str, Tensor]]) -> dict[str, Tensor]:
-        """Without noise: coordinates, as "", or by parameter; zeros where no gradient came."""
-        sums = self._step.sums.get(group, {})
-        integers = self._engine._sums.grid is not None
-        if group.projected:
-            basis = self._bases.get(group)
-            if basis is None:
-                return {}
-            zeros = basis.matrix.new_zeros(len(basis.matrix), dtype=torch.int64 if integers else torch.float64)
-            return {"": sums.get("", zeros)}
-        by_layer, layers = group.layer is not None, self._engine.layers
-        own = {n: p for n, p in trained if not self._inside(n) and (not by_layer or layers[n] == group.layer)}
-        return {
-            n: sums[n] if n in sums else torch.zeros_like(p, dtype=torch.int64 if integers else sum_dtype(p))
-            for n, p in own.items()
-        }
-
-    def _noisy(self, sums: list[Tensor], group: Group, limit: Limit, std: Limit) -> list[Tensor]:
-        engine = self._engine
-        if engine._sums.grid is not None:
-            grid = self._step.grids.get(group) or grid_for(float(limit), float(std))
-            return list(grid_release(sums, float(std), grid, engine.noise)) if sums else []
-        if engine.noise_multiplier and sums:
-            add_gaussian_noise_(sums, std, engine.noise)
-        return sums
-
-    def _measure(self, shown: Sequence[tuple[Tensor, Limit]]) -> None:
-        sums, engine = [total for total, _ in shown], self._engine
-        whole = [math.fsum(float(limit) ** 2 for limit in p.values()) ** 0.5 for p in self._passes]
-        power = math.fsum(float(std) ** 2 * total.numel() for total, std in shown)
-        std = (power / max(1, sum(total.numel() for total in sums))) ** 0.5
-        engine._sums.metrics = Metrics(engine._sums.norm_sq, whole, sums, std, engine.measure_signal)
-
-
-def _names(parameters: Sequence[PrivateParameter]) -> tuple[str, ...]:
-    return tuple(p._dp_name for p in parameters)
 
 
 def _bytes(bases: Mapping[Group, Basis]) -> int:

@@ -45,7 +45,8 @@ class StepSums:
         self.totals.clear()
         self.staged.clear()
         self._limits, self.norm_sq = [], []
-        for of_step in (self.grid, self.users, self._engine._subspace):
+        subspace = self._engine._subspace
+        for of_step in (self.grid, self.users, None if subspace is None else subspace.sums):
             if of_step is not None:
                 of_step.forget()
 
@@ -53,7 +54,7 @@ class StepSums:
         """The sum of one parameter; coordinates in a subspace are of all."""
         self.totals.pop(name, None)
         if self._engine._subspace is not None:
-            self._engine._subspace.forget()
+            self._engine._subspace.sums.forget()
 
     # --- a backward pass -----------------------------------------------------------------------------------------
 
@@ -65,7 +66,7 @@ class StepSums:
         if self.grid is not None:
             self.grid.begin_pass(self.threshold)
         if self._engine._subspace is not None:
-            self._engine._subspace.begin_pass()
+            self._engine._subspace.sums.begin_pass()
 
     def _threshold_now(self) -> Threshold:
         engine = self._engine
@@ -102,11 +103,14 @@ class StepSums:
         _accumulate(self.staged, parameter._dp_name, total if self.grid else total.to(sum_dtype(total)))
 
     def end_pass(self, norm_sq: Tensor) -> None:
-        if self._engine._subspace is not None and not self._engine._subspace.end_pass():
-            return  # of public rows
+        subspace = self._engine._subspace
+        if subspace is not None and subspace.takes_public_rows:
+            return
         true_norm_sq = norm_sq / self.scale(len(norm_sq)) ** 2
         if self.users is not None:
             true_norm_sq = self.users.end_pass(true_norm_sq)
+        if subspace is not None:
+            subspace.sums.end_pass()
         for name, total in self.staged.items():
             _accumulate(self.totals, name, total)
         self.staged.clear()
@@ -121,7 +125,7 @@ class StepSums:
         if (engine.noise.mode == "secure") != (self.grid is not None):
             raise PrivacyError("noise: was replaced by one of another mode; make a new DPEngine with it")
         if engine._subspace is not None:
-            return engine._subspace.release(trained)
+            return engine._subspace.sums.release(trained)
         sums = [self.totals[name] if name in self.totals else self._zeros(p) for name, p in trained]
         limits = self._limits or [self._threshold_now().whole]
         limit = functools.reduce(larger, limits)

@@ -182,8 +182,8 @@ def _check_embedding(
     indices: Tensor, backprops: Tensor, other_indices: Tensor, other_backprops: Tensor, padding_idx: int | None
 ) -> None:
     _check_pair({"backprops": (indices, backprops), "other_backprops": (other_indices, other_backprops)})
-    if padding_idx is not None and (type(padding_idx) is not int or padding_idx < 0):
-        raise ValueError(f"padding_idx is {padding_idx!r}; pass an int >= 0, or None")
+    if padding_idx is not None and (type(padding_idx) is not int or not 0 <= padding_idx < 2**63):
+        raise ValueError(f"padding_idx is {padding_idx!r}; pass an int in [0, 2^63), or None")
 
 
 def _table_grads(indices: Tensor, backprops: Tensor, padding_idx: int | None) -> Tensor:

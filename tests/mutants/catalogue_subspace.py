@@ -5,6 +5,7 @@ from __future__ import annotations
 from mutant import Mutant
 
 SUBSPACE = "adamix_kernels/nn/subspace.py"
+PRIVATE = "adamix_kernels/nn/subspace_sums.py"
 BASIS = "adamix_kernels/nn/basis.py"
 SUMS = "adamix_kernels/nn/sums.py"
 
@@ -14,30 +15,30 @@ MODELS = "tests/nn/test_subspace_models.py"
 SUBSPACE_MUTANTS = [
     Mutant(
         "coordinates are not clipped",
-        SUBSPACE,
+        PRIVATE,
         "            totals = clip_sum(grads, coef)\n",
         "            totals = clip_sum(grads, torch.ones_like(coef))\n",
         (f"{TESTS}::test_coordinates_are_clipped_as_they_are_if_the_basis_is_far_from_orthonormal",),
     ),
     Mutant(
         "coordinates get noise of one group only",
-        SUBSPACE,
+        PRIVATE,
         "return limit * (self._engine.noise_multiplier * math.sqrt(groups))",
         "return limit * self._engine.noise_multiplier",
         (f"{TESTS}::test_noise_of_groups_is_by_their_own_thresholds",),
     ),
     Mutant(
         "coordinates get no noise",
-        SUBSPACE,
+        PRIVATE,
         "        if engine.noise_multiplier and sums:\n",
         "        if False:\n",
         (f"{TESTS}::test_noise_is_of_as_many_numbers_as_directions_and_of_the_right_size[auto-fast]",),
     ),
     Mutant(
         "coordinates get the noise of the last threshold of a step",
-        SUBSPACE,
-        "functools.reduce(larger, [p[group] for p in self._passes if group in p], self._limit(group))",
-        "self._limit(group)",
+        PRIVATE,
+        "[p[group] for p in self._passes if group in p]",
+        "[]",
         (f"{TESTS}::test_the_largest_threshold_of_a_step_sets_its_noise",),
     ),
     Mutant(
@@ -49,7 +50,7 @@ SUBSPACE_MUTANTS = [
     ),
     Mutant(
         "a users rows are clipped one by one in the subspace",
-        SUBSPACE,
+        PRIVATE,
         "found if users is None else users.folded(found)",
         "found",
         (f"{TESTS}::test_a_users_rows_are_added_before_they_are_clipped",),
@@ -57,7 +58,7 @@ SUBSPACE_MUTANTS = [
     Mutant(
         "coordinates of two subspaces are added up",
         SUBSPACE,
-        "        if self._passes:\n",
+        "        if self.sums.pending:\n",
         "        if False:\n",
         (f"{TESTS}::test_it_is_not_changed_within_a_step",),
     ),
@@ -70,7 +71,7 @@ SUBSPACE_MUTANTS = [
     ),
     Mutant(
         "thresholds of coordinates may change within a secure step",
-        SUBSPACE,
+        PRIVATE,
         "if sums.grid is not None and any(p.get(group, limit) != limit for p in self._passes):",
         "if False:",
         (f"{TESTS}::test_thresholds_do_not_change_within_a_secure_step",),
@@ -78,8 +79,8 @@ SUBSPACE_MUTANTS = [
     Mutant(
         "public rows count as samples of the step",
         SUMS,
-        "if self._engine._subspace is not None and not self._engine._subspace.end_pass():",
-        "if self._engine._subspace is not None and not self._engine._subspace.end_pass() and False:",
+        "        if subspace is not None and subspace.takes_public_rows:\n",
+        "        if False:\n",
         (f"{TESTS}::test_public_rows_leave_no_gradient_and_count_as_no_sample",),
     ),
     Mutant(

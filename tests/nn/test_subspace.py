@@ -163,7 +163,7 @@ def test_some_parameters_in_the_subspace_and_others_as_they_are() -> None:
 def coordinates_of(dp: DPEngine) -> Tensor:
     """What the step would add noise to."""
     assert dp._subspace is not None
-    (sums,) = dp._subspace._step.sums.values()
+    (sums,) = dp._subspace.sums._step.sums.values()
     return sums[""].double()
 
 
@@ -185,7 +185,7 @@ def test_no_row_moves_the_sum_by_more_than_the_threshold(value: float, secure: b
             lambda dp=dp: F.cross_entropy(dp.model(public(dtype=torch.float32)[0]), public()[1], reduction="sum")
         )
         run(dp, data, "sum")
-        sums.append(coordinates_of(dp) * (next(iter(subspace._step.grids.values())) if secure else 1))
+        sums.append(coordinates_of(dp) * (next(iter(subspace.sums._step.grids.values())) if secure else 1))
     bound = LIMIT * (1 + (0 if secure else 1e-5))
     assert (sums[0] - sums[1]).norm() <= bound
     assert (sums[2] - sums[1]).norm() <= bound
@@ -199,7 +199,7 @@ def test_coordinates_are_clipped_as_they_are_if_the_basis_is_far_from_orthonorma
     dp = engine(classifier(), loss_reduction="sum")
     subspace = dp.public_subspace(rank=4)
     subspace.refresh(loss_of(dp, public()))
-    (basis,) = subspace._bases.values()
+    (basis,) = subspace.bases.values()
     basis.matrix = basis.matrix * 1e6 + torch.randn_like(basis.matrix) * 1e5
     run(dp, (batch()[0][:1], batch()[1][:1]), "sum")
     assert float(coordinates_of(dp).norm()) == pytest.approx(LIMIT, rel=1e-5)
@@ -281,7 +281,7 @@ def test_the_largest_threshold_of_a_step_sets_its_noise() -> None:
             dp.max_grad_norm = limit
             run(dp, (batch()[0][part], batch()[1][part]))
         before = coordinates_of(dp).clone()
-        (basis,) = dp._subspace._bases.values()
+        (basis,) = dp._subspace.bases.values()
         kept = copy.copy(basis)
         got, without = step(dp), kept.lift(before)
         stds.append(torch.cat([(got[n] - without[n]).flatten() for n in got]).norm())

@@ -1,7 +1,7 @@
 """A private step in a subspace of public gradients, beside the one that makes all gradients and the basis.
 
-pytest benchmarks/test_subspace.py --benchmark-enable -s             on the CPU
-pytest benchmarks/test_subspace.py --benchmark-enable -s -m gpu      on a GPU
+pytest benchmarks/test_subspace_steps.py --benchmark-enable -s             on the CPU
+pytest benchmarks/test_subspace_steps.py --benchmark-enable -s -m gpu      on a GPU
 """
 
 from __future__ import annotations
