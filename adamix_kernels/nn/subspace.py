@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from adamix_kernels.nn.adaptive import PublicQuantile
 from adamix_kernels.nn.basis import Basis, Group, names_of
 from adamix_kernels.nn.clipping import Limit
 from adamix_kernels.nn.errors import PrivacyError
@@ -190,6 +191,7 @@ class PublicSubspace:
 
     def take(self, parts: Sequence[Record], layer: str | None) -> Tensor:
         """Gradients of a layer or the whole; squared norms `[B]` of what is clipped, as the loss scales it."""
+        self._check_apart()
         samples = parts[0][1].samples
         groups: dict[Group, list[Record]] = {}
         for record in parts:
@@ -200,7 +202,15 @@ class PublicSubspace:
         self.check_current()
         return self.sums.take(groups, samples)
 
+    def _check_apart(self) -> None:
+        if self._engine.public_rows is not None or isinstance(self._engine.max_grad_norm, PublicQuantile):
+            raise PrivacyError(
+                "mixed() and PublicQuantile do not go with public_subspace(): public rows are those of refresh(); pass "
+                "them there, and quantile= to public_subspace()"
+            )
+
     def check_current(self) -> None:
+        self._check_apart()
         if self.due:
             old = f"it is of step {self._made_at}, and is to be computed anew every {self._every} steps"
             raise PrivacyError(
@@ -234,6 +244,7 @@ class PublicSubspace:
         }
 
     def limit(self, group: Group) -> Limit:
+        """The threshold of a group, in the backward pass that runs now or began last."""
         public = self._public_limit(group) if group.projected else None
         if public is not None:
             return public

@@ -73,7 +73,10 @@ class SubspaceSums:
     def take(self, groups: Mapping[Group, list[Record]], samples: int) -> Tensor:
         """Clip and add; squared norms `[B]` of what is clipped, as the loss scales it."""
         self._staged.samples = samples
-        self._staged.groups = max(self._staged.groups, len(self._subspace.trained()))
+        trained = self._subspace.trained()
+        self._staged.groups = max(self._staged.groups, len(trained))
+        # also of a group that no sample of this pass reaches: one that is added may
+        self._staged.limits |= {group: self._subspace.limit(group) for group in trained}
         scale = self._engine._sums.scale(samples)
         return torch.stack([self._clip(group, own) for group, own in groups.items()]).sum(0) * scale**2
 
@@ -98,7 +101,6 @@ class SubspaceSums:
                 "max_grad_norm: was changed between the backward passes of one step, whose integer sums are of one "
                 "grid in secure mode; change it after the step, or pass Noise(mode='fast')"
             )
-        self._staged.limits[group] = limit
         samples = parts[0][1].samples
         if group.projected:
             if group not in self._subspace.bases:  # no public row reaches these parameters
@@ -144,14 +146,15 @@ class SubspaceSums:
     def release(self, trained: Sequence[tuple[str, Tensor]]) -> list[Tensor]:
         """Noisy sums over the expected batch size, of parameters by name."""
         self._subspace.check_current()
+        if not self._passes:  # a sample would have been clipped by what it is now
+            self._engine._sums.threshold = self._engine._sums._threshold_now()
         groups = self._subspace.trained()
         count = max(len(groups), self._step.groups)
         grads: dict[str, Tensor] = {}
         shown: list[tuple[Tensor, Limit]] = []  # sums, and the deviation of their noise
         for group in sorted(groups, key=str):
-            limit = functools.reduce(
-                larger, [p[group] for p in self._passes if group in p], self._subspace.limit(group)
-            )
+            limits = [p[group] for p in self._passes if group in p] or [self._subspace.limit(group)]
+            limit = functools.reduce(larger, limits)
             std = self._std(limit, count)
             sums = self._sums_of(group, trained)
             grid = self._step.grids.get(group, 1.0)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from catalogue_distributed import DISTRIBUTED_MUTANTS
 from catalogue_flow import FLOW_MUTANTS, USER_MUTANTS
 from catalogue_ledger import LEDGER_MUTANTS
+from catalogue_mixed import MIXED_MUTANTS
 from catalogue_resume import RESUME_MUTANTS
 from catalogue_secure import SECURE_MUTANTS
 from catalogue_subspace import SUBSPACE_MUTANTS
@@ -69,31 +71,31 @@ NOISE_MUTANTS = [
     Mutant(
         "no noise where no backward pass was",
         SUMS,
-        "if engine.noise_multiplier and sums:",
-        "if engine.noise_multiplier and self.totals:",
+        "elif engine.noise_multiplier and parts:",
+        "elif engine.noise_multiplier and self.totals:",
         (f"{STEPS}::test_noise_of_a_step_has_its_standard_deviation",),
     ),
     Mutant(
         "an empty batch is skipped",
         SUMS,
-        "        if engine.noise_multiplier and sums:",
-        "        if engine.noise_multiplier and any(float(s.abs().sum()) for s in sums):",
+        "elif engine.noise_multiplier and parts:",
+        "elif engine.noise_multiplier and any(float(s.abs().sum()) for s in sums):",
         (AUDIT_CHECKS,),
     ),
     Mutant(
         "parameters that were not used get no noise",
         ENGINE,
-        "trained = [(name, p) for name, p in self._owned if p.requires_grad]",
+        "trained = [(name, p) for name, p in self._stepped if p.requires_grad]",
         "used = self._sums.totals\n"
-        "            trained = [(n, p) for n, p in self._owned if p.requires_grad and (n in used or not used)]",
+        "            trained = [(n, p) for n, p in self._stepped if p.requires_grad and (n in used or not used)]",
         (f"{STEPS}::test_noise_reaches_unused_parameters_and_never_repeats",),
     ),
     Mutant("same noise in each step", NOISE, "self._draws += 1", "self._draws = 1", (AUDIT_CHECKS,)),
     Mutant(
         "same noise in each parameter",
         NATIVE,
-        "            offset += part.numel()\n        add()\n",
-        "        add()\n",
+        "waiting.append((flat.data_ptr(), dtype_of(flat.dtype), flat.numel(), offset))",
+        "waiting.append((flat.data_ptr(), dtype_of(flat.dtype), flat.numel(), 0))",
         (AUDIT_CHECKS,),
     ),
     Mutant(
@@ -287,8 +289,8 @@ LOOP_MUTANTS = [
     Mutant(
         "sums of a failed backward pass are kept",
         SUMS,
-        "        self.staged.clear()\n        if not self.totals:",
-        "        if not self.totals:",
+        "        self.staged.clear()\n        if self._engine.shards is not None:",
+        "        if self._engine.shards is not None:",
         (f"{STEPS}::test_a_failed_backward_pass_leaves_nothing",),
     ),
     Mutant(
@@ -442,9 +444,11 @@ MUTANTS = [
     *LOOP_MUTANTS,
     *ACCOUNTING_MUTANTS,
     *LEDGER_MUTANTS,
+    *MIXED_MUTANTS,
     *RESUME_MUTANTS,
     *SECURE_MUTANTS,
     *USER_MUTANTS,
     *FLOW_MUTANTS,
     *SUBSPACE_MUTANTS,
+    *DISTRIBUTED_MUTANTS,
 ]

@@ -93,8 +93,8 @@ SECURE_MUTANTS = [
     Mutant(
         "secure noise without the threshold",
         GRID_SUMS,
-        "grid_release(sums, limit * engine.noise_multiplier, grid, engine.noise)",
-        "grid_release(sums, engine.noise_multiplier, grid, engine.noise)",
+        "grid_release(sums, limit * engine.noise_multiplier, grid, engine.noise, offsets)",
+        "grid_release(sums, engine.noise_multiplier, grid, engine.noise, offsets)",
         (AUDIT_CHECKS,),
     ),
     Mutant("secure noise x 0.95", GRID_SUMS, "(sums, limit *", "(sums, 0.95 * limit *", (AUDIT_CHECKS,)),
@@ -129,7 +129,7 @@ SECURE_MUTANTS = [
     Mutant(
         "the engine's secure noise is added in floating point",
         GRID_SUMS,
-        "        released = grid_release(sums, limit * engine.noise_multiplier, grid, engine.noise)\n",
+        "        released = grid_release(sums, limit * engine.noise_multiplier, grid, engine.noise, offsets)\n",
         "        from adamix_kernels.ops.noise import add_gaussian_noise_\n\n"
         "        released = [s.float() * grid for s in sums]\n"
         "        add_gaussian_noise_(released, limit * engine.noise_multiplier, engine.noise)\n",

@@ -42,6 +42,20 @@ SUBSPACE_MUTANTS = [
         (f"{TESTS}::test_the_largest_threshold_of_a_step_sets_its_noise",),
     ),
     Mutant(
+        "a step without a sample gets the noise of the threshold before",
+        PRIVATE,
+        "            self._engine._sums.threshold = self._engine._sums._threshold_now()\n",
+        "            pass\n",
+        (f"{TESTS}::test_a_step_without_a_sample_has_the_noise_that_one_with_a_sample_would_have",),
+    ),
+    Mutant(
+        "a layer that no sample reaches gets the noise of another threshold",
+        PRIVATE,
+        "self._staged.limits |= {group: self._subspace.limit(group) for group in trained}",
+        "self._staged.limits |= {group: self._subspace.limit(group) for group in groups}",
+        (f"{TESTS}::test_a_layer_that_no_sample_reaches_has_the_noise_of_the_threshold_of_the_pass",),
+    ),
+    Mutant(
         "public rows are kept where the loop writes private ones",
         SUBSPACE,
         "copied(part, copies)",

@@ -17,6 +17,7 @@ from adamix_kernels import (
     DPEngine,
     Noise,
     PrivacyError,
+    PublicQuantile,
     clip_coef,
     clip_sum,
     grad_norm_sq,
@@ -288,6 +289,41 @@ def test_the_largest_threshold_of_a_step_sets_its_noise() -> None:
     assert float(stds[1] / stds[0]) == pytest.approx(100, rel=1e-3)
 
 
+def test_a_step_without_a_sample_has_the_noise_that_one_with_a_sample_would_have() -> None:
+    """The threshold may change between steps."""
+    norms = []
+    for limit in (LIMIT, 100 * LIMIT):
+        dp = engine(classifier(), noise_multiplier=1.0, noise=Noise(seed=5))
+        dp.public_subspace(rank=3, every=9).refresh(loss_of(dp, public()))
+        run(dp, batch())
+        step(dp)
+        dp.max_grad_norm = limit
+        norms.append(torch.cat([g.flatten() for g in step(dp).values()]).norm())
+    assert float(norms[1] / norms[0]) == pytest.approx(100, rel=1e-6)
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other, self.both = nn.Linear(5, 3), nn.Linear(5, 3), True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.one(x) + self.other(x) if self.both else self.one(x)
+
+
+def test_a_layer_that_no_sample_reaches_has_the_noise_of_the_threshold_of_the_pass() -> None:
+    norms = []
+    for limit in (LIMIT, 100 * LIMIT):
+        torch.manual_seed(0)
+        dp = engine(Branches().double(), strategy="per_layer", noise_multiplier=1.0, noise=Noise(seed=5))
+        dp.public_subspace(rank=3).refresh(loss_of(dp, public()))
+        dp.max_grad_norm, dp.model.both = limit, False
+        run(dp, batch())
+        dp.max_grad_norm = LIMIT
+        norms.append(torch.cat([g.flatten() for n, g in step(dp).items() if n.startswith("other")]).norm())
+    assert float(norms[1] / norms[0]) == pytest.approx(100, rel=1e-6)
+
+
 # --- its use ---------------------------------------------------------------------------------------------------------
 
 
@@ -396,12 +432,35 @@ def test_bad_settings_are_named(settings: dict[str, Any], message: str) -> None:
         engine(classifier()).public_subspace(**settings)
 
 
+def test_several_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    dp = engine(classifier())
+    monkeypatch.setattr(dp, "ranks", object())
+    with pytest.raises(PrivacyError, match="coordinates are not added up over ranks"):
+        dp.public_subspace(rank=2)
+
+
 def test_two_passes_and_parameters_apart_are_refused() -> None:
     with pytest.raises(ValueError, match="strategy: is 'two_pass'"):
         engine(classifier(), strategy="two_pass").public_subspace(rank=2)
     dp = engine(classifier())
     with pytest.raises(PrivacyError, match=r"only some of .*'3.weight', '3.bias'.* are in the subspace"):
         dp.public_subspace(rank=2, parameters=["*.weight"]).refresh(loss_of(dp, public()))
+
+
+def test_mixed_batches_and_their_thresholds_are_refused() -> None:
+    with pytest.raises(ValueError, match="max_grad_norm: is a PublicQuantile; set it to a number"):
+        engine(classifier(), max_grad_norm=PublicQuantile(0.5)).public_subspace(rank=2)
+    dp = engine(classifier())
+    subspace = dp.public_subspace(rank=2)
+    with dp.mixed(slice(0, 2)), pytest.raises(PrivacyError, match="PublicQuantile do not go with public_subspace"):
+        subspace.refresh(loss_of(dp, public()))
+    subspace.refresh(loss_of(dp, public()))
+    with dp.mixed(slice(0, 2)), pytest.raises(PrivacyError, match="PublicQuantile do not go with public_subspace"):
+        run(dp, batch())
+    dp.optimizer.zero_grad()
+    dp.max_grad_norm = PublicQuantile(0.5, start=1.0)
+    with pytest.raises(PrivacyError, match="PublicQuantile do not go with public_subspace"):
+        run(dp, batch())
 
 
 def test_thresholds_do_not_change_within_a_secure_step() -> None:
