@@ -59,10 +59,10 @@ MIXED_MUTANTS = [
         (NOISE_BY_LAYER,),
     ),
     Mutant(
-        "a threshold changes within a step",
+        "each micro-batch has its own threshold, and the noise the last",
         ADAPTIVE,
-        "return name not in self._fixed and (",
-        "return (",
+        "return name not in self._fixed and (last is None or self._engine.steps - last >= self.rule.every)",
+        "return True",
         (f"{TESTS}::test_micro_batches_have_the_thresholds_of_the_first",),
     ),
     Mutant(
