@@ -317,9 +317,10 @@ def test_a_layer_that_no_sample_reaches_has_the_noise_of_the_threshold_of_the_pa
         torch.manual_seed(0)
         dp = engine(Branches().double(), strategy="per_layer", noise_multiplier=1.0, noise=Noise(seed=5))
         dp.public_subspace(rank=3).refresh(loss_of(dp, public()))
-        dp.max_grad_norm, dp.model.both = limit, False
-        run(dp, batch())
-        dp.max_grad_norm = LIMIT
+        dp.model.both = False
+        for own, part in ((limit, slice(0, 5)), (LIMIT, slice(5, 10))):
+            dp.max_grad_norm = own
+            run(dp, (batch()[0][part], batch()[1][part]))
         norms.append(torch.cat([g.flatten() for n, g in step(dp).items() if n.startswith("other")]).norm())
     assert float(norms[1] / norms[0]) == pytest.approx(100, rel=1e-6)
 
