@@ -20,6 +20,8 @@ from adamix_kernels.ops.conv import ConvSum, conv_clip_sum, conv_norm_sq
 from adamix_kernels.ops.conv_clip import ConvClippedSum, conv_norm_clip_sum
 from adamix_kernels.ops.conv_grad import ConvGrad, conv_grad_sample
 from adamix_kernels.ops.embedding import embedding_clip_sum, embedding_norm_sq
+from adamix_kernels.ops.gram import grad_gram
+from adamix_kernels.ops.gram_layers import embedding_gram, linear_gram
 from adamix_kernels.ops.grid import grid_clip_sum, grid_for, grid_release
 from adamix_kernels.ops.head import HeadSum, softmax_head_clip_sum_noise
 from adamix_kernels.ops.head_variants import MixedHeadSum, softmax_head_coordinates, softmax_head_mixed_sum
@@ -61,13 +63,16 @@ __all__ = [
     "conv_norm_clip_sum",
     "conv_norm_sq",
     "embedding_clip_sum",
+    "embedding_gram",
     "embedding_norm_sq",
+    "grad_gram",
     "grad_norm_sq",
     "grid_clip_sum",
     "grid_for",
     "grid_release",
     "lift",
     "linear_clip_sum",
+    "linear_gram",
     "linear_norm_sq",
     "norm_quantile",
     "pad_batch",

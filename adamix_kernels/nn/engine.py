@@ -36,6 +36,7 @@ from adamix_kernels.nn.parameter import PrivateParameter, storage
 from adamix_kernels.nn.passes import Passes
 from adamix_kernels.nn.probe import tell_apart
 from adamix_kernels.nn.rules import Rules
+from adamix_kernels.nn.subspace import PublicSubspace
 from adamix_kernels.nn.sums import StepSums
 from adamix_kernels.nn.validate import validate
 from adamix_kernels.ops.noise import Noise, warn_if_fast
@@ -139,6 +140,7 @@ class DPEngine:
         self._stepped: list[tuple[str, Tensor]] = []  # the same, or what is sharded of them
         self.public_rows: PublicRows | None = None  # of the backward passes within mixed()
         self.max_grad_norm = max_grad_norm
+        self._subspace: PublicSubspace | None = None
         self._sums = StepSums(self, unit)
         self.batch_size: int | None = None
         self.forward_number: int | None = None
@@ -203,6 +205,7 @@ class DPEngine:
         self._owned.clear()
         self._stepped.clear()
         self._forget()
+        self._subspace = None
 
     def _watch(self) -> None:
         """An ordinary gradient that reaches a private parameter came by a way without a rule."""
@@ -283,6 +286,51 @@ class DPEngine:
         if self._sums.users is None:
             raise PrivacyError("users(): the engine protects samples; pass unit='user' to the DPEngine")
         return self._sums.users.of(ids)
+
+    def public_subspace(
+        self,
+        rank: int | None = None,
+        energy: float | None = None,
+        every: int = 1,
+        parameters: Sequence[str] | None = None,
+        quantile: float | None = None,
+        max_bytes: int = 1 << 30,
+    ) -> PublicSubspace:
+        """From now on clip, and add noise to, private gradients in the leading directions of public ones.
+
+        Call `refresh(loss)` of the result before each batch. Noise has as many numbers as there are directions;
+        privacy is as without a subspace (`adamix_kernels.nn.subspace` has the proof). Neither public gradients nor the
+        directions are made: factors of the public rows are kept. With strategy "per_layer" each layer has directions
+        of its own, else they are of all parameters together.
+
+        Args:
+            rank: at most so many directions.
+            energy: as few as retain this fraction of the squared public gradients, in (0, 1]. With `rank`, the smaller
+                of both; with neither, all. Fewer where public gradients span fewer dimensions, up to rounding.
+            every: for how many steps the same directions are used.
+            parameters: names or patterns (`fnmatch`) of those to project, such as `["head.*", "*lora*"]`; None is all.
+                Gradients of other trainable parameters are clipped as they are, and by themselves: of G groups that
+                are, each has noise of sqrt(G) noise_multiplier times its threshold.
+            quantile: thresholds of coordinates are this quantile of the norms of the public rows' own, in (0, 1]; None
+                takes max_grad_norm.
+            max_bytes: what public rows may take in memory; beyond that `refresh` raises.
+
+        Raises:
+            TypeError, ValueError: names the argument that does not fit, among them `strategy="two_pass"`, and a
+                max_grad_norm that is a `PublicQuantile`.
+            PrivacyError: a backward pass waits for its step, or the engine has several ranks; in backward(), within
+                `mixed`.
+
+        Source: Golatkar et al. 2022 (arXiv 2203.11481), section 4.
+        """
+        if self.ranks is not None:
+            raise PrivacyError("public_subspace(): coordinates are not added up over ranks; train in one process")
+        if isinstance(self.max_grad_norm, PublicQuantile):
+            raise ValueError("max_grad_norm: is a PublicQuantile; set it to a number, and pass quantile= here")
+        if self._sums.begun:
+            raise PrivacyError("public_subspace(): a backward pass waits for its step; call it before")
+        self._subspace = PublicSubspace(self, rank, energy, every, parameters, quantile, max_bytes)
+        return self._subspace
 
     @contextmanager
     def _pulling(self) -> Iterator[None]:

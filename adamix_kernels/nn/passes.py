@@ -146,8 +146,8 @@ class Passes:
         factors = build()
         if self._engine.strategy == "materialize":
             factors = PerSample(factors.grad_sample())
-        elif self._engine.strategy != "book_keeping":
-            factors = smaller(factors)
+        elif self._engine.strategy != "book_keeping" and self._engine._subspace is None:
+            factors = smaller(factors)  # not where public and private ones meet, which must be of one kind
         plain = tuple(target for target in targets if isinstance(target, PrivateParameter))
         if len(plain) == len(targets):
             return [(plain, factors)]
@@ -200,7 +200,9 @@ class Passes:
     def _clip(self, parts: list[Record], layer: str | None) -> Tensor:
         """Sum gradients, clipped as one by the threshold of a layer or the whole; the squared norms `[B]` of private
         rows."""
-        sums = self._engine._sums
+        sums, subspace = self._engine._sums, self._engine._subspace
+        if subspace is not None:
+            return subspace.take(parts, layer)
         self._take_public(parts, layer)
         if sums.users is not None:
             parts = sums.users.summed(parts)
@@ -264,8 +266,10 @@ class Passes:
             return
         with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
             if self._engine.keeps_factors and now.records:
-                parts = gathered(combine([record for records in now.records.values() for record in records]))
+                parts = combine([record for records in now.records.values() for record in records])
                 now.records.clear()
+                if self._engine._subspace is None:
+                    parts = gathered(parts)
                 now.norms.append(self._clip(parts, None))
             for layer in list(now.records):
                 self._close(now, layer)

@@ -52,7 +52,9 @@ class StepSums:
         self.totals.clear()
         self.staged.clear()
         self._limits, self.norm_sq = [], []
-        for of_step in (self.grid, self.users, self.public, self.adaptive):
+        subspace = self._engine._subspace
+        coordinates = None if subspace is None else subspace.sums
+        for of_step in (self.grid, self.users, self.public, self.adaptive, coordinates):
             if of_step is not None:
                 of_step.forget()
 
@@ -76,9 +78,11 @@ class StepSums:
         self.adaptive.load(state)
 
     def drop(self, name: str) -> None:
-        """The sums of one parameter."""
+        """The sums of one parameter; coordinates in a subspace are of all."""
         self.totals.pop(name, None)
         self.public.drop(name)
+        if self._engine._subspace is not None:
+            self._engine._subspace.sums.forget()
 
     @property
     def begun(self) -> bool:
@@ -98,6 +102,8 @@ class StepSums:
         self.threshold = self._threshold_now()
         if self.grid is not None:
             self.grid.begin_pass(self.threshold)
+        if self._engine._subspace is not None:
+            self._engine._subspace.sums.begin_pass()
 
     def _threshold_now(self) -> Threshold | PublicThresholds:
         engine = self._engine
@@ -198,9 +204,14 @@ class StepSums:
 
     def end_pass(self, norm_sq: Tensor) -> None:
         """`norm_sq` are those of private rows."""
+        subspace = self._engine._subspace
+        if subspace is not None and subspace.takes_public_rows:
+            return
         true_norm_sq = norm_sq / self.scale(len(norm_sq)) ** 2
         if self.users is not None:
             true_norm_sq = self.users.end_pass(true_norm_sq)
+        if subspace is not None:
+            subspace.sums.end_pass()
         if self._engine.shards is not None:
             self.staged, public = self._engine.shards.finish(torch.int64 if self.grid else None)
             self.public.stage(public)
@@ -219,6 +230,8 @@ class StepSums:
         engine = self._engine
         if (engine.noise.mode == "secure") != (self.grid is not None):
             raise PrivacyError("noise: was replaced by one of another mode; make a new DPEngine with it")
+        if engine._subspace is not None:
+            return engine._subspace.sums.release(trained)
         sums = [self.totals[name] if name in self.totals else self._none(name, p) for name, p in trained]
         names = [name for name, _ in trained]
         threshold = self._threshold_now()

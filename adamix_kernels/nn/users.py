@@ -38,6 +38,10 @@ class Users:
         owners = self._owners(parts[0][1].samples)
         return [(ps, PerSample([_fold(g, owners) for g in factors.grad_sample()])) for ps, factors in parts]
 
+    def folded(self, rows: Tensor) -> Tensor:
+        """Any `[B, *]` that is linear in the gradients of rows, by user."""
+        return _fold(rows, self._owners(len(rows)))
+
     def end_pass(self, norm_sq: Tensor) -> Tensor:
         """Note the users of a pass that has ended well; of its squared norms `[B]` those of users."""
         owners = self._owners(len(norm_sq))

@@ -11,8 +11,10 @@ from adamix_kernels.ops._cases import randn
 from adamix_kernels.ops._numerics import check_number, sum_dtype
 from adamix_kernels.spec import Case, Cost, Out, define_op
 
-#: Directions whose share of the largest eigenvalue is below this are rounding, not signal.
+#: Directions whose share of the largest eigenvalue is below this are rounding, not signal: of a Gram matrix in float64,
 _RANK_TOLERANCE = 1e-10
+#: .. and of one whose products are float32.
+_FLOAT32_TOLERANCE = 1e-5
 
 
 def _basis_oracle(grad_sample: Tensor, rank: int | None, energy: float | None) -> Tensor:
@@ -23,9 +25,9 @@ def _basis_oracle(grad_sample: Tensor, rank: int | None, energy: float | None) -
     return directions[: _kept(singular**2, rank, energy)]
 
 
-def _kept(eigenvalues: Tensor, rank: int | None, energy: float | None) -> int:
+def _kept(eigenvalues: Tensor, rank: int | None, energy: float | None, tolerance: float = _RANK_TOLERANCE) -> int:
     """How many of the descending `eigenvalues` to keep."""
-    kept = int((eigenvalues > _RANK_TOLERANCE * eigenvalues[0]).sum())
+    kept = int((eigenvalues > tolerance * eigenvalues[0]).sum())
     if energy is not None:
         share = eigenvalues.cumsum(0) / eigenvalues.sum()
         kept = min(kept, int((share < energy - 1e-12).sum()) + 1)
@@ -63,7 +65,29 @@ def _basis_cases() -> list[Case]:
     ]
 
 
+def directions(gram: Tensor, rank: int | None, energy: float | None, exact: bool) -> tuple[Tensor, float]:
+    """Leading directions as combinations of N vectors with Gram matrix `[N, N]` float64, and their share of its trace.
+
+    `[K, N]`: the basis is this times the vectors, orthonormal but for rounding. Vectors whose products are not finite
+    are left out. `exact` if the products were made in float64, else in float32: fewer directions can be told.
+    """
+    usable = gram.diagonal().isfinite()
+    own = gram[usable][:, usable].nan_to_num(0.0, 0.0, 0.0)
+    scale = own.diagonal().max() if len(own) else own.new_zeros(())
+    if not scale > 0:
+        return gram.new_zeros(0, len(gram)), 0.0
+    eigenvalues, vectors = (x.flip(-1) for x in torch.linalg.eigh((own + own.T) / (2 * scale)))
+    kept = _kept(eigenvalues, rank, energy, _RANK_TOLERANCE if exact else _FLOAT32_TOLERANCE)
+    found = gram.new_zeros(kept, len(gram))
+    found[:, usable] = (vectors[:, :kept] / (eigenvalues[:kept] * scale).sqrt()).T
+    return found, float(eigenvalues[:kept].sum() / eigenvalues.clamp(min=0).sum())
+
+
 def _check_basis(grad_sample: Tensor, rank: int | None, energy: float | None) -> None:
+    check_directions(rank, energy)
+
+
+def check_directions(rank: int | None, energy: float | None) -> None:
     if rank is not None and (not isinstance(rank, Integral) or rank < 1):
         raise ValueError(f"rank is {rank}; pass a number of directions >= 1, or None for all")
     if energy is not None:

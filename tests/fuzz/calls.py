@@ -58,6 +58,13 @@ def arguments(r: Random, op: Op[..., Any], dtype: torch.dtype | None = None) -> 
         own = r.choice(FLOATS) if mixed or name in ("coef", "norm_sq") else shared
         parts = [_tensor(r, name, shape, axes, own, classes) for shape in shapes]
         found[name] = parts[0] if count is None else parts
+    if op.name == "grad_gram":  # the others' gradients have the same shapes
+        own, others, axes = found["grad_sample"], size(r), op._axes["other"]
+        like = [
+            _tensor(r, "other", [others, *x.shape[1:]], axes, shared, classes)
+            for x in (own if isinstance(own, list) else [own])
+        ]
+        found["other"] = like if isinstance(own, list) else like[0]
     return found
 
 

@@ -8,6 +8,7 @@ from catalogue_ledger import LEDGER_MUTANTS
 from catalogue_mixed import MIXED_MUTANTS
 from catalogue_resume import RESUME_MUTANTS
 from catalogue_secure import SECURE_MUTANTS
+from catalogue_subspace import SUBSPACE_MUTANTS
 from catalogue_trainer import DEEP_TRAINER_MUTANTS
 from mutant import Mutant
 
@@ -485,5 +486,6 @@ MUTANTS = [
     *USER_MUTANTS,
     *FLOW_MUTANTS,
     *DEEP_TRAINER_MUTANTS,
+    *SUBSPACE_MUTANTS,
     *DISTRIBUTED_MUTANTS,
 ]
