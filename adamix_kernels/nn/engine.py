@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from adamix_kernels.nn import attention as _attention  # noqa: F401  attaches rules
+from adamix_kernels.nn import compiled
 from adamix_kernels.nn import recurrent as _recurrent  # noqa: F401
 from adamix_kernels.nn import rules_layers as _rules_layers  # noqa: F401
 from adamix_kernels.nn.checks import (
@@ -21,6 +22,7 @@ from adamix_kernels.nn.checks import (
     check_modules,
     check_parameters,
     check_settings,
+    check_uncompiled,
     check_unit,
     mixing,
 )
@@ -102,6 +104,7 @@ class DPEngine:
         unit: str = "sample",
     ) -> None:
         check_settings(strategy, clipping, loss_reduction, noise_multiplier, expected_batch_size, loss_scale)
+        check_uncompiled(model)
         check_unit(unit, strategy, noise)
         check_free(model)
         self._mixing = mixing(model)
@@ -128,6 +131,8 @@ class DPEngine:
         self._pulls = 0
         self._known_grads: set[str] = set()  # parameters whose .grad is of public rows, or of a step
         self._rules, self._passes = Rules(self), Passes(self)
+        self._number, self._sink = compiled.announce(self)
+        self._token: Tensor | None = None  # of a forward pass that is compiled
         self._handles: list[Any] = []
         self._attach()
 
@@ -138,6 +143,7 @@ class DPEngine:
             parameter.__class__ = PrivateParameter
             assert isinstance(parameter, PrivateParameter)
             parameter._dp_engine, parameter._dp_name = self, name
+            parameter._dp_index = torch.tensor([self._number, len(self._owned)])
             self._owned.append((name, parameter))
         self._watch()
         self._handles += [
@@ -158,7 +164,7 @@ class DPEngine:
         self._handles.clear()
         for _, parameter in self._owned:
             parameter.__class__ = nn.Parameter  # type: ignore[assignment]
-            for mark in ("_dp_engine", "_dp_name", "_dp_guarded"):
+            for mark in ("_dp_engine", "_dp_name", "_dp_index", "_dp_guarded"):
                 vars(parameter).pop(mark, None)
             if not parameter._backward_hooks:
                 parameter._backward_hooks = None
@@ -231,13 +237,20 @@ class DPEngine:
         return self.strategy in ("auto", "book_keeping", "materialize")
 
     def _before_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if torch.compiler.is_compiling():
+            self._token = compiled.enter(self, _leaves(args, kwargs), kwargs.get("labels"))
+            return
+        self._token = None
         if not torch.is_grad_enabled() or self.is_public:
             return
+        self._begin_forward([x for x in _leaves(args, kwargs) if x.dim() > 0], kwargs)
+        self.forward_number = self._forwards
+
+    def _begin_forward(self, found: Sequence[Tensor], kwargs: Mapping[str, Any]) -> None:
         check_modules(self._mixing)
         if self.loss_reduction == "mean":
             check_labels(kwargs)
         self._watch()
-        found = [x for x in _leaves(args, kwargs) if x.dim() > 0]
         if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in found):
             raise PrivacyError(
                 "model: called within torch.func, whose gradients are not clipped; for public rows do it within "
@@ -246,9 +259,11 @@ class DPEngine:
         self.batch_size = found[0].shape[0] if found else None
         self.input_storages = {storage(x) for x in found if x.shape[0] == self.batch_size}
         self._forwards += 1
-        self.forward_number = self._forwards
 
     def _after_forward(self, module: nn.Module, args: Any, kwargs: Any, outputs: Any) -> None:
+        if torch.compiler.is_compiling():
+            self._token = None
+            return
         began, self.forward_number = self.forward_number, None
         if began is not None and outputs is not None:
             for x in _leaves((outputs,), {}):

@@ -25,6 +25,7 @@ class PrivateParameter(nn.Parameter):
 
     _dp_engine: DPEngine
     _dp_name: str
+    _dp_index: Tensor  # [2] int64: the engine's number, and the parameter's in it
     _dp_guarded: bool = False
 
     @classmethod
@@ -91,6 +92,10 @@ probing: set[int] = set()
 
 
 def _dispatch(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    if torch.compiler.is_compiling():
+        from adamix_kernels.nn.compiled import dispatch
+
+        return dispatch(func, args, kwargs, func in _PLAIN)
     with torch._C.DisableTorchFunctionSubclass():
         if func not in _PLAIN and (torch.is_grad_enabled() or probing):
             found = tensors(args, kwargs)
