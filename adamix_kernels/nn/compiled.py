@@ -24,7 +24,7 @@ from adamix_kernels.nn.rules import Rules
 if TYPE_CHECKING:
     from adamix_kernels.nn.engine import DPEngine
 
-announce = _compiled_ops.announce
+announce, token = _compiled_ops.announce, _compiled_ops.token
 RULES: dict[Callable[..., Any], Callable[..., Any]] = {}
 
 
@@ -58,62 +58,26 @@ class _Enter(torch.autograd.Function):
         return grad, None, *[None] * ctx.count
 
 
-class _Arrive(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, sink: Tensor) -> Tensor:
-        return torch.ops.adamix_kernels.arrive(sink)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad
-
-
 class _Tap(torch.autograd.Function):
     """An identity of `out`, which was computed from detached parameters."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, token: Tensor, x: Tensor, spec: str, *indices: Tensor) -> Tensor:
-        place = torch.ops.adamix_kernels.use(x, token, indices, spec)
-        ctx.save_for_backward(x, place)
+        ctx.save_for_backward(x, token, *indices)
         ctx.spec, ctx.count = spec, len(indices)
         return out.view_as(out)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, place = ctx.saved_tensors
-        token_grad = torch.ops.adamix_kernels.record([x], grad, place, ctx.spec)
+        x, token, *indices = ctx.saved_tensors
+        token_grad = torch.ops.adamix_kernels.record(x, grad, token, indices, ctx.spec)
         return grad, token_grad, None, None, *[None] * ctx.count
 
 
 def tap(out: Tensor, x: Tensor, spec: str, *targets: Any) -> Tensor:
     trained = [p for p in targets if p is not None and p.requires_grad]
-    engine = trained[0]._dp_engine
-    token = engine._token if engine._token is not None else _Arrive.apply(engine._sink)
-    result: Tensor = _Tap.apply(out, token, x.detach(), spec, *[p._dp_index for p in trained])
+    result: Tensor = _Tap.apply(out, trained[0]._dp_engine._token, x.detach(), spec, *[p._dp_index for p in trained])
     return result
-
-
-class _Rows(torch.autograd.Function):
-    """A detached target, expanded to one row for each sample of x."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, target: Tensor, token: Tensor, x: Tensor, shape: Sequence[int], spec: str, index: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(torch.ops.adamix_kernels.use(x, token, [index], spec))
-        ctx.spec = spec
-        return target.expand(x.shape[0], *shape[1:])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        token_grad = torch.ops.adamix_kernels.record([], grad, ctx.saved_tensors[0], ctx.spec)
-        return None, token_grad, None, None, None, None
-
-
-def rows(x: Tensor, shape: Sequence[int], spec: str, target: Any) -> Tensor:
-    engine = target._dp_engine
-    token = engine._token if engine._token is not None else _Arrive.apply(engine._sink)
-    return _Rows.apply(target.detach(), token, x.detach(), shape, spec, target._dp_index)
 
 
 def enter(engine: DPEngine, inputs: Sequence[Tensor], labels: Any) -> Tensor | None:
@@ -121,8 +85,9 @@ def enter(engine: DPEngine, inputs: Sequence[Tensor], labels: Any) -> Tensor | N
     if not torch.is_grad_enabled() or engine._public > 0:
         return None
     found = [x.detach() for x in inputs if x.dim() > 0]
-    token: Tensor = _Enter.apply(engine._sink, labels if isinstance(labels, Tensor) else None, *found)
-    return token
+    begun: Tensor = _Enter.apply(engine._sink, labels if isinstance(labels, Tensor) else None, *found)
+    engine._entered = begun.detach()  # a result of the graph, or the partitioner moves enter() to the backward pass
+    return begun
 
 
 def dispatch(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], plain: bool) -> Any:
@@ -133,7 +98,7 @@ def dispatch(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str,
         private = [x for x in (*args, *kwargs.values()) if isinstance(x, PRIVATE)]
         if private and private[0]._dp_engine._public > 0:
             return func(*args, **kwargs)
-        if func in RULES:
+        if func in RULES and private and private[0]._dp_engine._token is not None:
             result = RULES[func](*args, **kwargs)
             if result is not NotImplemented:
                 return result
@@ -281,7 +246,8 @@ def _row(function: Callable[..., Any]) -> None:
             return NotImplemented
         own = tuple(p.shape)
         spec = describe("rows", f"{function.__name__}()", True, shape=own)
-        expanded = rows(x, (1,) * (x.dim() - p.dim()) + own, spec, p)
+        expanded = p.detach().expand(x.shape[0], *((1,) * (x.dim() - p.dim()) + own)[1:])
+        expanded = tap(expanded, x, spec, p)
         return function(expanded, x) if x is other else function(x, expanded)
 
 

@@ -1,18 +1,18 @@
-"""What a compiled model tells the engine: three opaque ops that run when the compiled code runs.
+"""What a compiled model tells the engine: two opaque ops that run when the compiled code runs.
 
-The engine's own bookkeeping cannot be traced. `enter` begins a forward pass, `use` announces one use of parameters in
-it, `record` hands the engine the activations and backprops of a use in the compiled backward pass. They are tied
-together by data: `enter` gives a token, every use depends on it, and what `record` returns is the token's gradient. So
-none can be dropped as dead code, or run before its turn.
+The engine's own bookkeeping cannot be traced. `enter` begins a forward pass, `record` hands the engine the activations
+and backprops of a use in the compiled backward pass. They are tied together by data: `enter` gives a token, every
+`record` depends on it, and what `record` returns is the token's gradient. So none can be dropped as dead code, or run
+before its turn. A use is checked in the backward pass, before anything of it is summed.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,7 +28,7 @@ from adamix_kernels.nn.tap import Build, executes
 if TYPE_CHECKING:
     from adamix_kernels.nn.engine import DPEngine
 
-#: A token is float64, so that it can have a gradient: [engine, forward pass or 0, backward pass that recomputes or -1].
+#: A token is float64, so that it can have a gradient: [engine, forward pass, samples or -1].
 TOKEN = 3
 
 _WARM_UP = "Run the model once uncompiled before: with torch.compiler.set_stance('force_eager'): model(x)"
@@ -38,22 +38,21 @@ _ENGINES: weakref.WeakValueDictionary[int, DPEngine] = weakref.WeakValueDictiona
 _numbers = itertools.count(1)
 
 
-def donates_buffers() -> bool:
+def _donates_buffers() -> bool:
     from torch._functorch import config
 
     return bool(config.donated_buffer)
 
 
 def announce(engine: DPEngine) -> tuple[int, Tensor]:
-    """A number for an engine, and a leaf `[3]` that holds it: whose gradient compiled code makes."""
+    """A number for an engine, and a leaf `[3]` that begins with it: the gradients of all tokens come here."""
     number = next(_numbers)
     _ENGINES[number] = engine
     return number, torch.tensor([number, 0.0, 0.0], dtype=torch.float64, requires_grad=True)
 
 
-# nondeterministic: equal calls are two uses, and none is made again to save memory; no CUDA graph may hold one, since
-# its replay would run the kernels without the engine
-_TAGS = (torch.Tag.nondeterministic_seeded, torch.Tag.cudagraph_unsafe)
+# no CUDA graph may hold one: its replay would run the kernels without the engine
+_TAGS = (torch.Tag.cudagraph_unsafe,)
 _LIBRARY = torch.library.Library("adamix_kernels", "DEF")
 
 
@@ -75,82 +74,75 @@ def _define(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., An
 def _enter(sink: Tensor, inputs: Sequence[Tensor], labels: Tensor | None) -> Tensor:
     engine = _ENGINES[int(sink[0])]
     engine._begin_forward(inputs, {} if labels is None else {"labels": labels})
-    return _token(engine, engine._forwards)
+    return numbers_of(engine)
 
 
-@_define("arrive(Tensor sink) -> Tensor", lambda sink: sink.new_empty(TOKEN))
-def _arrive(sink: Tensor) -> Tensor:
-    """In a part that is compiled by itself: the forward pass is the one that the engine is in."""
-    engine = _ENGINES[int(sink[0])]
-    return _token(engine, engine.forward_number or engine._forwards)
+def numbers_of(engine: DPEngine) -> Tensor:
+    """A token of the forward pass that has begun, without its history."""
+    samples = -1 if engine.batch_size is None else engine.batch_size
+    return torch.tensor([engine._number, engine._forwards, samples], dtype=torch.float64)
 
 
-def _token(engine: DPEngine, forward: int) -> Tensor:
-    task = torch._C._current_graph_task_id()
-    return torch.tensor([engine._number, forward if task == -1 else 0, task], dtype=torch.float64)
-
-
-@_define(
-    "use(Tensor x, Tensor token, Tensor[] indices, str spec) -> Tensor",
-    lambda x, token, indices, spec: token.new_empty(TOKEN + len(indices)),
-)
-def _use(x: Tensor, token: Tensor, indices: Sequence[Tensor], spec: str) -> Tensor:
-    place = torch.cat([token, *(index[1:] for index in indices)])
-    place[0] = indices[0][0]
-    use, targets = _read(place)
-    rules, now = use.engine._rules, torch._C._current_graph_task_id()
-    if use.engine.strategy == "two_pass" and donates_buffers():
-        raise PrivacyError(
-            "strategy 'two_pass' goes through a compiled backward pass twice, which torch compiles for one unless "
-            "torch._functorch.config.donated_buffer = False stands before the first forward pass"
-        )
-    _check(use.engine, x, _parsed(spec), targets)
-    if not rules.probing and (use.task != -1 or now == -1):  # a part that compiled code recomputes is not a new use
-        use.engine._passes.expect(use)
-    return place
+def token(engine: DPEngine) -> Tensor:
+    """That of a forward pass which is not compiled, for parts of it that are."""
+    return engine._sink + (numbers_of(engine) - engine._sink.detach())
 
 
 @_define(
-    "record(Tensor[] saved, Tensor backprops, Tensor place, str spec) -> Tensor",
-    lambda saved, backprops, place, spec: place.new_empty(TOKEN),
+    "record(Tensor x, Tensor backprops, Tensor token, Tensor[] indices, str spec) -> Tensor",
+    lambda x, backprops, token, indices, spec: token.new_empty(TOKEN),
 )
-def _record(saved: Sequence[Tensor], backprops: Tensor, place: Tensor, spec: str) -> Tensor:
-    use, targets = _read(place)
-    engine = use.engine
+def _record(x: Tensor, backprops: Tensor, token: Tensor, indices: Sequence[Tensor], spec: str) -> Tensor:
+    number, forward, samples = (int(value) for value in token.tolist())
+    engine = _ENGINES.get(number)
+    if engine is None or not engine._owned:
+        raise PrivacyError("backward() goes through a compiled model whose DPEngine was detached; run forward() again")
+    targets = [engine._owned[int(index[1])][1] for index in indices]
     nothing = torch.zeros(TOKEN, dtype=torch.float64)
     if not executes(torch.autograd.graph.get_gradient_edge(engine._sink).node, targets):
         return nothing  # torch.autograd.grad() of the inputs alone
-    if use.forward is not None and use.forward <= engine._passes.stale:
+    if forward <= engine._passes.stale:
         raise PrivacyError(
             f"{names(targets)}: a step was taken between the forward pass of the compiled model and its backward(); "
             "call backward() before step()"
         )
-    settings = _parsed(spec)
-    wanted = [p.requires_grad for p in targets]
-    if any(wanted):
-        with torch.no_grad():
+    if engine.strategy == "two_pass" and _donates_buffers():
+        raise PrivacyError(
+            "strategy 'two_pass' goes through a compiled backward pass twice, which torch compiles for one unless "
+            "torch._functorch.config.donated_buffer = False stands before the first forward pass"
+        )
+    settings = json.loads(spec)
+    with torch.no_grad(), _forward_of(engine, forward, None if samples < 0 else samples):
+        _check(engine, x, settings, targets)
+        wanted = [p.requires_grad for p in targets]
+        if any(wanted):
             reached = [p for p, want in zip(targets, wanted, strict=True) if want]
             build = _BUILD[settings["kind"]](settings)
-            engine._passes.receive(use, reached, lambda: build(saved, backprops, wanted), lent=[*saved, backprops])
+            use = Arrived(engine, forward, targets)
+            engine._passes.receive(use, reached, lambda: build([x], backprops, wanted), lent=[x, backprops])
     return nothing
 
 
-class Arrived:
-    """A `tap.Use` that was announced by compiled code."""
+@contextmanager
+def _forward_of(engine: DPEngine, forward: int, samples: int | None) -> Iterator[None]:
+    """Rules see the batch of a forward pass, which need not be the last one."""
+    kept = engine.batch_size, engine.input_storages
+    engine.batch_size = samples
+    if forward != engine._forwards:
+        engine.input_storages = set()  # not known any more: what was an input is in doubt
+    try:
+        yield
+    finally:
+        engine.batch_size, engine.input_storages = kept
 
-    def __init__(self, engine: DPEngine, forward: int, task: int, targets: Sequence[PrivateParameter]) -> None:
-        self.engine, self.task, self.forward = engine, task, forward or None
+
+class Arrived:
+    """A `tap.Use` of compiled code, whose gradient has come."""
+
+    def __init__(self, engine: DPEngine, forward: int, targets: Sequence[PrivateParameter]) -> None:
+        self.engine, self.forward, self.task = engine, forward, -1
         self.layers = {engine.layers[p._dp_name] for p in targets}
         self.spent_in: int | None = None
-
-
-def _read(place: Tensor) -> tuple[Arrived, list[PrivateParameter]]:
-    number, forward, task, *indices = (int(x) for x in place.tolist())
-    engine = _ENGINES.get(number)
-    if engine is None or not engine._owned:
-        raise PrivacyError("backward() goes through a compiled model whose DPEngine was detached; run forward() again")
-    targets = [engine._owned[i][1] for i in indices]
-    return Arrived(engine, forward, task, targets), targets
 
 
 def _check(engine: DPEngine, x: Tensor, settings: Mapping[str, Any], targets: Sequence[PrivateParameter]) -> None:
@@ -177,12 +169,6 @@ def check_doubts(engine: DPEngine) -> None:
             f"{found}: the batch has {size} samples and the input another dimension of that size, or no gradient; a "
             f"compiled model cannot be asked which is the batch. {_WARM_UP}"
         )
-
-
-@functools.lru_cache(maxsize=4096)
-def _parsed(spec: str) -> dict[str, Any]:
-    settings: dict[str, Any] = json.loads(spec)
-    return settings
 
 
 def _linear(s: Mapping[str, Any]) -> Build:

@@ -132,7 +132,8 @@ class DPEngine:
         self._known_grads: set[str] = set()  # parameters whose .grad is of public rows, or of a step
         self._rules, self._passes = Rules(self), Passes(self)
         self._number, self._sink = compiled.announce(self)
-        self._token: Tensor | None = None  # of a forward pass that is compiled
+        self._token: Tensor | None = None  # of a forward pass, for what of it is compiled
+        self._entered: Tensor | None = None  # the same of one that is compiled as a whole
         self._handles: list[Any] = []
         self._attach()
 
@@ -245,6 +246,7 @@ class DPEngine:
             return
         self._begin_forward([x for x in _leaves(args, kwargs) if x.dim() > 0], kwargs)
         self.forward_number = self._forwards
+        self._token = compiled.token(self)
 
     def _begin_forward(self, found: Sequence[Tensor], kwargs: Mapping[str, Any]) -> None:
         check_modules(self._mixing)

