@@ -306,7 +306,7 @@ class DPEngine:
             trained = [(name, p) for name, p in self._owned if p.requires_grad]
             check_grads(trained, self._known_grads)
             for (_, p), total in zip(trained, self._sums.release(trained), strict=True):
-                grad = total.to(p.dtype)
+                grad = total.to(p.grad_dtype or total.dtype)  # of p, unless it was set; None is any
                 p.grad = grad if p.grad is None else p.grad.add_(grad)
         self._known_grads = {name for name, _ in trained}
         self._forget()

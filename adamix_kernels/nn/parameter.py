@@ -73,8 +73,8 @@ _PLAIN = {
         getattr(Tensor, name).__get__
         for name in ("is_cuda", *"shape dtype device grad requires_grad data is_leaf layout ndim grad_fn".split())
     ),
-    *(getattr(Tensor, name).__get__ for name in ("_version", "_base")),
-    *(getattr(Tensor, name).__set__ for name in "data grad requires_grad".split()),  # not of a detached one
+    *(getattr(Tensor, name).__get__ for name in ("_version", "_base", "grad_dtype")),
+    *(getattr(Tensor, name).__set__ for name in "data grad grad_dtype requires_grad".split()),  # not of a detached one
     Tensor.size,
     Tensor.dim,
     Tensor.numel,
