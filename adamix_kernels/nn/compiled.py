@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from adamix_kernels.nn import compiled_ops as _compiled_ops
-from adamix_kernels.nn.parameter import PRIVATE, PrivateParameter, tensors
+from adamix_kernels.nn.parameter import PRIVATE, PrivateParameter, by_rule, tensors
 from adamix_kernels.nn.rules import Rules
 
 if TYPE_CHECKING:
@@ -90,13 +90,17 @@ def enter(engine: DPEngine, inputs: Sequence[Tensor], labels: Any) -> Tensor | N
     return begun
 
 
-def dispatch(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], plain: bool) -> Any:
-    """`parameter._dispatch` while it is traced; `plain` functions compute nothing of a parameter's values."""
+def dispatch(
+    func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], plain: bool, watched: bool
+) -> Any:
+    """`parameter._dispatch` while it is traced; `plain` functions compute nothing of a parameter's values, and of
+    `watched` ones the engine must know."""
     with torch._C.DisableTorchFunctionSubclass():
-        if plain or not torch.is_grad_enabled():
+        if plain and not watched:
             return func(*args, **kwargs)
         private = [x for x in (*args, *kwargs.values()) if isinstance(x, PRIVATE)]
-        if private and private[0]._dp_engine._public > 0:
+        ordinary = not torch.is_grad_enabled() or (private and private[0]._dp_engine._public > 0)
+        if private and ordinary and not watched:
             return func(*args, **kwargs)
         if func in RULES and private and private[0]._dp_engine._token is not None:
             result = RULES[func](*args, **kwargs)
@@ -107,9 +111,8 @@ def dispatch(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str,
 
 def _uncompiled(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     with torch._C.DisableTorchFunctionSubclass():
-        found = tensors(args, kwargs)
-        engine = next(x._dp_engine for x in found if isinstance(x, PRIVATE))
-        result = engine._rules.use(func, args, kwargs, found)
+        engine = next(x._dp_engine for x in tensors(args, kwargs) if isinstance(x, PRIVATE))
+        result = by_rule(func, args, kwargs)
         _compiled_ops.check_doubts(engine)
         return result
 

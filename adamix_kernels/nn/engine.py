@@ -28,9 +28,9 @@ from adamix_kernels.nn.checks import (
 )
 from adamix_kernels.nn.clipping import checked
 from adamix_kernels.nn.errors import PrivacyError
-from adamix_kernels.nn.hooks import Hook, ZeroGrad
+from adamix_kernels.nn.hooks import Hook, ZeroGrad, outside
 from adamix_kernels.nn.metrics import Metrics
-from adamix_kernels.nn.parameter import PrivateParameter, storage
+from adamix_kernels.nn.parameter import PrivateParameter, storage, untraced
 from adamix_kernels.nn.passes import Passes
 from adamix_kernels.nn.probe import tell_apart
 from adamix_kernels.nn.rules import Rules
@@ -148,8 +148,10 @@ class DPEngine:
             self._owned.append((name, parameter))
         self._watch()
         self._handles += [
-            self.model.register_forward_pre_hook(Hook(self._before_forward), with_kwargs=True),
-            self.model.register_forward_hook(Hook(self._after_forward), with_kwargs=True, always_call=True),
+            self.model.register_forward_pre_hook(Hook(self._before_forward, traced=True), with_kwargs=True),
+            self.model.register_forward_hook(
+                Hook(self._after_forward, traced=True), with_kwargs=True, always_call=True
+            ),
             self.optimizer.register_step_pre_hook(Hook(self._before_step)),
             self.optimizer.register_step_post_hook(Hook(self._after_step)),
         ]
@@ -185,6 +187,7 @@ class DPEngine:
                     self._handles.append(parameter.register_hook(Hook(functools.partial(self._refuse, name))))
                     parameter._dp_guarded = True
 
+    @untraced
     def _refuse(self, name: str, grad: Tensor | None) -> None:
         if grad is not None and self._public:
             self._known_grads.add(name)
@@ -248,6 +251,7 @@ class DPEngine:
         self.forward_number = self._forwards
         self._token = compiled.token(self)
 
+    @untraced
     def _begin_forward(self, found: Sequence[Tensor], kwargs: Mapping[str, Any]) -> None:
         check_modules(self._mixing)
         if self.loss_reduction == "mean":
@@ -322,6 +326,9 @@ class DPEngine:
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """The optimizer's own, which also drops the sums of backward passes since the last step."""
+        if torch.compiler.is_compiling():
+            outside(self.zero_grad, set_to_none)
+            return
         with torch._C.DisableTorchFunctionSubclass():
             self._zero_grad(set_to_none)
             self._known_grads &= {name for name, p in self._owned if p.grad is not None}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo import eval_frame
 
 if TYPE_CHECKING:
     from adamix_kernels.nn.engine import DPEngine
@@ -67,6 +68,8 @@ _REQUIRES_GRAD, _GRAD = (getattr(Tensor, name) for name in ("requires_grad", "gr
 _THAWS = {Tensor.requires_grad_, _REQUIRES_GRAD.__set__}
 _SETS_GRAD = {_GRAD.__set__, _GRAD.__delete__}
 
+_WATCHED = _THAWS | _SETS_GRAD
+
 #: What tells of a tensor, or changes it, but computes nothing of its values.
 _PLAIN = {
     *(
@@ -95,7 +98,20 @@ def _dispatch(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str
     if torch.compiler.is_compiling():
         from adamix_kernels.nn.compiled import dispatch
 
-        return dispatch(func, args, kwargs, func in _PLAIN)
+        return dispatch(func, args, kwargs, func in _PLAIN, func in _WATCHED)
+    return by_rule(func, args, kwargs)
+
+
+def untraced(function: Any) -> Any:
+    """Dynamo leaves a function, and what it calls, alone where it meets them outside of what it traces."""
+    skip = eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, eval_frame._FrameAction.SKIP)
+    eval_frame.set_code_exec_strategy(function.__code__, skip)
+    return function
+
+
+@untraced
+def by_rule(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """A function's result where nothing is traced."""
     with torch._C.DisableTorchFunctionSubclass():
         if func not in _PLAIN and (torch.is_grad_enabled() or probing):
             found = tensors(args, kwargs)

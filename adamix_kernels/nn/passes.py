@@ -16,7 +16,7 @@ from torch import Tensor
 from adamix_kernels.nn.combine import combine, gathered
 from adamix_kernels.nn.errors import PrivacyError
 from adamix_kernels.nn.factors import ConvFactors, Factors, PerSample, owned, smaller
-from adamix_kernels.nn.parameter import Derived, PrivateParameter, names
+from adamix_kernels.nn.parameter import Derived, PrivateParameter, names, untraced
 from adamix_kernels.ops.noise import capturing
 
 if TYPE_CHECKING:
@@ -120,6 +120,7 @@ class Passes:
             torch.autograd.Variable._execution_engine.queue_callback(lambda: self._end(task))
         return self._now
 
+    @untraced
     def receive(
         self, use: Use | Arrived, targets: Sequence[Tensor], build: Callable[[], Factors], lent: Sequence[Tensor] = ()
     ) -> None:
@@ -245,6 +246,7 @@ class Passes:
             for parameter, total in zip(parameters, factors.clip_sum(coef), strict=True):
                 self._engine._sums.add(parameter, total)
 
+    @untraced
     def _end(self, task: int) -> None:
         if self._now is None or self._now.task == task:  # else one on another thread has begun since
             self._finish()

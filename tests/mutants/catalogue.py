@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from catalogue_compile import COMPILE_MUTANTS
 from catalogue_flow import FLOW_MUTANTS, USER_MUTANTS
 from catalogue_ledger import LEDGER_MUTANTS
 from catalogue_resume import RESUME_MUTANTS
@@ -443,6 +444,7 @@ MUTANTS = [
     *LEDGER_MUTANTS,
     *RESUME_MUTANTS,
     *SECURE_MUTANTS,
+    *COMPILE_MUTANTS,
     *USER_MUTANTS,
     *FLOW_MUTANTS,
 ]
