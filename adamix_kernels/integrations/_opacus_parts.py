@@ -179,8 +179,8 @@ class CountedPasses(Passes):
             )
         return now
 
-    def _records(self, targets: Sequence[Tensor], build: Callable[[], Factors]) -> list[Record]:
-        records = super()._records(targets, build)
+    def _records(self, targets: Sequence[Tensor], build: Callable[[], Factors], lent: Sequence[Tensor]) -> list[Record]:
+        records = super()._records(targets, build, lent)
         return list(chain(*(map(_apart, records)))) if self._engine.strategy == "per_layer" else records
 
 

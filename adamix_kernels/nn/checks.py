@@ -60,6 +60,14 @@ def check_unit(unit: str, strategy: str, noise: Noise | None) -> None:
         )
 
 
+def check_uncompiled(model: nn.Module) -> None:
+    """What torch.compile returns is another module around the model, whose hooks are its own."""
+    if isinstance(vars(model).get("_orig_mod", model._modules.get("_orig_mod")), nn.Module):
+        raise PrivacyError(
+            "model: is the result of torch.compile(); make the DPEngine of the model itself, and call the compiled one"
+        )
+
+
 def check_labels(kwargs: Mapping[str, Any]) -> None:
     """A model that is given labels makes its loss itself, of those that it does not ignore."""
     labels = kwargs.get("labels")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from adamix_kernels.nn import attention as _attention  # noqa: F401  attaches rules
+from adamix_kernels.nn import compiled
 from adamix_kernels.nn import recurrent as _recurrent  # noqa: F401
 from adamix_kernels.nn import rules_layers as _rules_layers  # noqa: F401
 from adamix_kernels.nn.adaptive import PublicQuantile
@@ -23,16 +24,17 @@ from adamix_kernels.nn.checks import (
     check_parameters,
     check_restoring,
     check_settings,
+    check_uncompiled,
     check_unit,
     mixing,
 )
 from adamix_kernels.nn.clipping import checked
 from adamix_kernels.nn.distributed import Undo, Unsynchronised, agreed_noise, ranks_of, settings_of, unwrapped
 from adamix_kernels.nn.errors import PrivacyError
-from adamix_kernels.nn.hooks import Hook, ZeroGrad
+from adamix_kernels.nn.hooks import Hook, ZeroGrad, outside
 from adamix_kernels.nn.metrics import Metrics
 from adamix_kernels.nn.mixed import PublicRows
-from adamix_kernels.nn.parameter import PrivateParameter, storage
+from adamix_kernels.nn.parameter import PrivateParameter, storage, untraced
 from adamix_kernels.nn.passes import Passes
 from adamix_kernels.nn.probe import tell_apart
 from adamix_kernels.nn.rules import Rules
@@ -116,6 +118,7 @@ class DPEngine:
         process_group: Any = None,
     ) -> None:
         check_settings(strategy, clipping, loss_reduction, noise_multiplier, expected_batch_size, loss_scale)
+        check_uncompiled(model)
         check_unit(unit, strategy, noise)
         wrapper, model = model, unwrapped(model)
         self.ranks = ranks_of(wrapper, process_group)
@@ -150,6 +153,9 @@ class DPEngine:
         self._pulls = 0
         self._known_grads: set[str] = set()  # parameters whose .grad is of public rows, or of a step
         self._rules, self._passes = Rules(self), Passes(self)
+        self._number, self._sink = compiled.announce(self)
+        self._token: Tensor | None = None  # of a forward pass, for what of it is compiled
+        self._entered: Tensor | None = None  # the same of one that is compiled as a whole
         self._handles: list[Any] = []
         self._restoring = False
         if self.ranks is not None:
@@ -167,12 +173,15 @@ class DPEngine:
             parameter.__class__ = PrivateParameter
             assert isinstance(parameter, PrivateParameter)
             parameter._dp_engine, parameter._dp_name = self, name
+            parameter._dp_index = torch.tensor([self._number, len(self._owned)])
             self._owned.append((name, parameter))
         self._stepped += named
         self._watch()
         self._handles += [
-            self.model.register_forward_pre_hook(Hook(self._before_forward), with_kwargs=True),
-            self.model.register_forward_hook(Hook(self._after_forward), with_kwargs=True, always_call=True),
+            self.model.register_forward_pre_hook(Hook(self._before_forward, traced=True), with_kwargs=True),
+            self.model.register_forward_hook(
+                Hook(self._after_forward, traced=True), with_kwargs=True, always_call=True
+            ),
             self.optimizer.register_step_pre_hook(Hook(self._before_step)),
             self.optimizer.register_step_post_hook(Hook(self._after_step)),
         ]
@@ -194,7 +203,7 @@ class DPEngine:
         self._handles.clear()
         for _, parameter in self._owned:
             parameter.__class__ = nn.Parameter  # type: ignore[assignment]
-            for mark in ("_dp_engine", "_dp_name", "_dp_guarded"):
+            for mark in ("_dp_engine", "_dp_name", "_dp_index", "_dp_guarded"):
                 vars(parameter).pop(mark, None)
             if not parameter._backward_hooks:
                 parameter._backward_hooks = None
@@ -216,6 +225,7 @@ class DPEngine:
                     self._handles.append(parameter.register_hook(Hook(functools.partial(self._refuse, name))))
                     parameter._dp_guarded = True
 
+    @untraced
     def _refuse(self, name: str, grad: Tensor | None) -> None:
         if grad is not None and self._public:
             self._known_grads.add(name)
@@ -347,13 +357,22 @@ class DPEngine:
         return self.strategy in ("auto", "book_keeping", "materialize")
 
     def _before_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if torch.compiler.is_compiling():
+            self._token = compiled.enter(self, _leaves(args, kwargs), kwargs.get("labels"))
+            return
+        self._token = None
         if not torch.is_grad_enabled() or self.is_public:
             return
+        self._begin_forward([x for x in _leaves(args, kwargs) if x.dim() > 0], kwargs)
+        self.forward_number = self._forwards
+        self._token = compiled.token(self)
+
+    @untraced
+    def _begin_forward(self, found: Sequence[Tensor], kwargs: Mapping[str, Any]) -> None:
         check_modules(self._mixing)
         if self.loss_reduction == "mean":
             check_labels(kwargs)
         self._watch()
-        found = [x for x in _leaves(args, kwargs) if x.dim() > 0]
         if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in found):
             raise PrivacyError(
                 "model: called within torch.func, whose gradients are not clipped; for public rows do it within "
@@ -362,9 +381,11 @@ class DPEngine:
         self.batch_size = found[0].shape[0] if found else None
         self.input_storages = {storage(x) for x in found if x.shape[0] == self.batch_size}
         self._forwards += 1
-        self.forward_number = self._forwards
 
     def _after_forward(self, module: nn.Module, args: Any, kwargs: Any, outputs: Any) -> None:
+        if torch.compiler.is_compiling():
+            self._token = None
+            return
         began, self.forward_number = self.forward_number, None
         if began is not None and outputs is not None:
             for x in _leaves((outputs,), {}):
@@ -430,7 +451,10 @@ class DPEngine:
             trained = [(name, p) for name, p in self._stepped if p.requires_grad]
             check_grads(trained, self._known_grads)
             for (_, p), total in zip(trained, self._sums.release(trained), strict=True):
-                grad = total.to(p.dtype) if self.shards is None else self.shards.as_grad(p, total)
+                if self.shards is None:
+                    grad = total.to(p.grad_dtype or total.dtype)  # of p, unless it was set; None is any
+                else:
+                    grad = self.shards.as_grad(p, total)
                 p.grad = grad if p.grad is None else p.grad.add_(grad)
         self._known_grads = {name for name, _ in trained}
         self._forget()
@@ -446,6 +470,9 @@ class DPEngine:
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """The optimizer's own, which also drops the sums of backward passes since the last step."""
+        if torch.compiler.is_compiling():
+            outside(self.zero_grad, set_to_none)
+            return
         with torch._C.DisableTorchFunctionSubclass():
             self._zero_grad(set_to_none)
             self._known_grads &= {name for name, p in self._stepped if p.grad is not None}

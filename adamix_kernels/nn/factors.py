@@ -232,6 +232,19 @@ class StackedFactors(Taken):
         return [torch.cat(grads, 1) for grads in zip(*(part.grad_sample() for part in self.slices), strict=True)]
 
 
+def owned(factors: Factors, lent: Sequence[Tensor]) -> Factors:
+    """The same with copies of what shares memory with tensors that are `lent`."""
+    places = {x.untyped_storage().data_ptr() for x in lent}
+
+    def own(x: Any) -> Any:
+        return x.clone() if isinstance(x, Tensor) and x.untyped_storage().data_ptr() in places else x
+
+    if isinstance(factors, PerSample):
+        return PerSample([own(grad) for grad in factors.grads])
+    assert isinstance(factors, LinearFactors | ConvFactors | EmbeddingFactors | ScaleShiftFactors)
+    return replace(factors, **{name: own(value) for name, value in vars(factors).items()})
+
+
 _DIVISIBLE = (LinearFactors, ConvFactors, ScaleShiftFactors)
 #: Gradients of so many numbers are kept in any case: one call of an op takes those of all layers.
 _FEW = 1 << 16

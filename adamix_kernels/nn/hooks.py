@@ -8,15 +8,28 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._compile import _disable_dynamo
+
+
+def _call(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
+
+
+#: Calls what compiled code must not trace.
+outside = _disable_dynamo(_call)
+outside._torchdynamo_disable = True  # type: ignore[attr-defined]  # so that Dynamo gives the reason
+outside._torchdynamo_disable_msg = "adamix_kernels: the engine's own work is never compiled"  # type: ignore[attr-defined]
 
 
 class Hook:
-    """Calls a method of the engine; a copied or pickled one does nothing."""
+    """Calls a method of the engine, outside of compiled code unless `traced`; a copied or pickled one does nothing."""
 
-    def __init__(self, method: Callable[..., Any] | None) -> None:
-        self._method = method
+    def __init__(self, method: Callable[..., Any] | None, traced: bool = False) -> None:
+        self._method, self._traced = method, traced
 
     def __call__(self, *args: Any) -> Any:
+        if self._method is not None and not self._traced and torch.compiler.is_compiling():
+            return outside(self._method, *args)
         return self._method(*args) if self._method is not None else None
 
     def __deepcopy__(self, memo: Any) -> Hook:
@@ -33,6 +46,9 @@ class ZeroGrad:
         self._model, self._drop = model, drop
 
     def __call__(self, set_to_none: bool = True) -> None:
+        if torch.compiler.is_compiling():
+            outside(self, set_to_none)
+            return
         with torch._C.DisableTorchFunctionSubclass():
             type(self._model).zero_grad(self._model, set_to_none)
         self._drop()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo import eval_frame
 
 if TYPE_CHECKING:
     from adamix_kernels.nn.engine import DPEngine
@@ -25,6 +26,7 @@ class PrivateParameter(nn.Parameter):
 
     _dp_engine: DPEngine
     _dp_name: str
+    _dp_index: Tensor  # [2] int64: the engine's number, and the parameter's in it
     _dp_guarded: bool = False
 
     @classmethod
@@ -66,14 +68,16 @@ _REQUIRES_GRAD, _GRAD = (getattr(Tensor, name) for name in ("requires_grad", "gr
 _THAWS = {Tensor.requires_grad_, _REQUIRES_GRAD.__set__}
 _SETS_GRAD = {_GRAD.__set__, _GRAD.__delete__}
 
+_WATCHED = _THAWS | _SETS_GRAD
+
 #: What tells of a tensor, or changes it, but computes nothing of its values.
 _PLAIN = {
     *(
         getattr(Tensor, name).__get__
         for name in ("is_cuda", *"shape dtype device grad requires_grad data is_leaf layout ndim grad_fn".split())
     ),
-    *(getattr(Tensor, name).__get__ for name in ("_version", "_base")),
-    *(getattr(Tensor, name).__set__ for name in "data grad requires_grad".split()),  # not of a detached one
+    *(getattr(Tensor, name).__get__ for name in ("_version", "_base", "grad_dtype")),
+    *(getattr(Tensor, name).__set__ for name in "data grad grad_dtype requires_grad".split()),  # not of a detached one
     Tensor.size,
     Tensor.dim,
     Tensor.numel,
@@ -91,6 +95,23 @@ probing: set[int] = set()
 
 
 def _dispatch(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    if torch.compiler.is_compiling():
+        from adamix_kernels.nn.compiled import dispatch
+
+        return dispatch(func, args, kwargs, func in _PLAIN, func in _WATCHED)
+    return by_rule(func, args, kwargs)
+
+
+def untraced(function: Any) -> Any:
+    """Dynamo leaves a function, and what it calls, alone where it meets them outside of what it traces."""
+    skip = eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, eval_frame._FrameAction.SKIP)
+    eval_frame.set_code_exec_strategy(function.__code__, skip)
+    return function
+
+
+@untraced
+def by_rule(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """A function's result where nothing is traced."""
     with torch._C.DisableTorchFunctionSubclass():
         if func not in _PLAIN and (torch.is_grad_enabled() or probing):
             found = tensors(args, kwargs)

@@ -15,10 +15,12 @@ from torch import Tensor
 
 from adamix_kernels.nn.combine import combine, gathered
 from adamix_kernels.nn.errors import PrivacyError
-from adamix_kernels.nn.factors import ConvFactors, Factors, PerSample, smaller
-from adamix_kernels.nn.parameter import Derived, PrivateParameter, names
+from adamix_kernels.nn.factors import ConvFactors, Factors, PerSample, owned, smaller
+from adamix_kernels.nn.parameter import Derived, PrivateParameter, names, untraced
+from adamix_kernels.ops.noise import capturing
 
 if TYPE_CHECKING:
+    from adamix_kernels.nn.compiled_ops import Arrived
     from adamix_kernels.nn.engine import DPEngine
     from adamix_kernels.nn.tap import Use
 
@@ -53,6 +55,7 @@ class Passes:
         self._norm_sq: Tensor | None = None  # of the first of two backward passes
         self.coef: Tensor | None = None  # of the second
         self.twice = False
+        self.stale = 0  # forward passes so far were before the last step
 
     def forget(self) -> None:
         """Drop what was not turned into sums: the loop has thrown it away."""
@@ -68,6 +71,7 @@ class Passes:
     def forget_forwards(self) -> None:
         """A step was taken: no gradient is awaited from forward passes before it."""
         self._expected.clear()
+        self.stale = self._engine._forwards
 
     def run_twice(self, loss: Tensor) -> None:
         """Two backward passes over the same graph: for the norms, then for the sums."""
@@ -104,6 +108,11 @@ class Passes:
                 )
             if self._engine.strategy == "two_pass" and not self.twice:
                 raise PrivacyError("strategy 'two_pass' needs two backward passes: call dp.backward(loss)")
+            if capturing():
+                raise PrivacyError(
+                    "backward(): is captured in a CUDA graph, whose replays would make sums of other samples that the "
+                    "engine does not count; run it outside the capture"
+                )
             if self.coef is None:
                 self._number += 1
                 self._received.clear()
@@ -112,8 +121,11 @@ class Passes:
             torch.autograd.Variable._execution_engine.queue_callback(lambda: self._end(task))
         return self._now
 
-    def receive(self, use: Use, targets: Sequence[Tensor], build: Callable[[], Factors]) -> None:
-        """The gradient of one use has come."""
+    @untraced
+    def receive(
+        self, use: Use | Arrived, targets: Sequence[Tensor], build: Callable[[], Factors], lent: Sequence[Tensor] = ()
+    ) -> None:
+        """The gradient of one use has come. What is `lent` is not to be kept: compiled code writes over it."""
         task = torch._C._current_graph_task_id()
         if use.task not in (-1, task):
             self._parents[task] = use.task
@@ -133,8 +145,10 @@ class Passes:
                 "be clipped as one sample. If they are other samples, call backward() for each; if they are the same, "
                 "pass joint_forwards=True to the DPEngine"
             )
-        for record in self._records(targets, build):
+        for record in self._records(targets, build, lent):
             self._add(now, record)
+        if lent:
+            return  # compiled code does not tell how many uses are to come: its layers are closed at the end
         for layer in use.layers:
             key = layer, use.task != -1
             self._expected[key] = self._expected.get(key, 0) - 1
@@ -142,12 +156,14 @@ class Passes:
             if self._expected[key] == 0:
                 self._complete(now, layer)
 
-    def _records(self, targets: Sequence[Tensor], build: Callable[[], Factors]) -> list[Record]:
+    def _records(self, targets: Sequence[Tensor], build: Callable[[], Factors], lent: Sequence[Tensor]) -> list[Record]:
         factors = build()
         if self._engine.strategy == "materialize":
             factors = PerSample(factors.grad_sample())
         elif self._engine.strategy != "book_keeping" and self._engine._subspace is None:
             factors = smaller(factors)  # not where public and private ones meet, which must be of one kind
+        if lent:
+            factors = owned(factors, lent)
         plain = tuple(target for target in targets if isinstance(target, PrivateParameter))
         if len(plain) == len(targets):
             return [(plain, factors)]
@@ -254,6 +270,7 @@ class Passes:
             for parameter, total in zip(parameters, factors.clip_sum(coef), strict=True):
                 self._engine._sums.add(parameter, total, layer)
 
+    @untraced
     def _end(self, task: int) -> None:
         if self._now is None or self._now.task == task:  # else one on another thread has begun since
             self._finish()

@@ -153,7 +153,7 @@ class Rules:
     def _names_of(targets: Sequence[Any]) -> set[str]:
         return {base._dp_name for base in bases([x for x in targets if trains(x)])}
 
-    def tell(self, x: Tensor, what: str, *targets: Any) -> None:
+    def tell(self, x: Tensor, what: str, *targets: Any, with_history: bool = False) -> None:
         """Doubt a use whose input has another dimension of the batch's size, unless one of another size was seen.
 
         Sequences `[T, B, D]` would pass for `[B, T, D]` where T = B, and what the model computes of constants alone,
@@ -166,7 +166,7 @@ class Rules:
             )
         if self.batch_size > 1:
             # what is computed without gradients may be constant: no other use of the parameter may tell of this one
-            outside = x.requires_grad or self._is_input(x) or not torch.is_grad_enabled()
+            outside = with_history or x.requires_grad or self._is_input(x) or not torch.is_grad_enabled()
             sure = self.probing or (outside and x.dim() > 1 and self.batch_size not in x.shape[1:])
             use = what if outside else f"{what} of what is computed"
             (self.told if sure else self.doubtful).update(
@@ -180,7 +180,7 @@ class Rules:
             )
         self.check_batch(x, what, *targets)
 
-    def check_batch(self, x: Tensor, what: str, *targets: Any) -> None:
+    def check_batch(self, x: Tensor, what: str, *targets: Any, with_history: bool = False) -> None:
         if x.dim() < 2 or self.batch_size not in (None, x.shape[0]):
             found = (
                 "the model's inputs were not seen" if self.batch_size is None else f"the batch has {self.batch_size}"
@@ -189,7 +189,12 @@ class Rules:
                 f"{self.names(targets)}: {what} gets an input of shape {list(x.shape)}, but {found} samples. Dimension "
                 "0 must be the batch wherever a trainable parameter is used; reshape before it, or freeze the parameter"
             )
-        self.tell(x, what, *targets)
+        self.tell(x, what, *targets, with_history=with_history)
+
+    def check_ids(self, indices: Tensor, weight: Any) -> None:
+        if indices.dim() == 0 or self.batch_size not in (None, indices.shape[0]):
+            self.check_batch(indices if indices.dim() else indices[None], "embedding()", weight)
+        self.tell(indices, "embedding()", weight)
 
     @staticmethod
     def names(targets: Sequence[Any]) -> str:

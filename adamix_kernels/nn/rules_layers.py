@@ -90,6 +90,15 @@ def addmm(rules: Rules, input: Any, mat1: Any, mat2: Any, *, beta: float = 1, al
     return _linear(rules, mat1, mat2, input, True, "addmm()")
 
 
+def conv_factors(shape: dict[str, Any], weight: bool, bias: bool) -> Any:
+    def build(saved: Sequence[Tensor], g: Tensor, wanted: Sequence[bool]) -> Factors:
+        flags = iter(wanted)
+        with_weight, with_bias = weight and next(flags), bias and next(flags)
+        return ConvFactors(saved[0], g, with_bias, shape) if with_weight else PerSample([g.flatten(2).sum(2)])
+
+    return build
+
+
 def _conv(dims: int, function: Any) -> None:
     @rule(function)
     def conv(
@@ -114,14 +123,7 @@ def _conv(dims: int, function: Any) -> None:
             "dilation": dilation,
             "groups": groups,
         }
-        with_weight, with_bias = trains(weight), trains(bias)
-
-        def build(saved: Sequence[Tensor], g: Tensor, wanted: Sequence[bool]) -> Factors:
-            flags = iter(wanted)
-            first, second = with_weight and next(flags), with_bias and next(flags)
-            return ConvFactors(saved[0], g, second, shape) if first else PerSample([g.flatten(2).sum(2)])
-
-        return rules.tap(out, build, [x], weight, bias)
+        return rules.tap(out, conv_factors(shape, trains(weight), trains(bias)), [x], weight, bias)
 
 
 for _dims, _function in ((1, F.conv1d), (2, F.conv2d), (3, F.conv3d)):
@@ -147,7 +149,7 @@ def embedding(
         )
     if padding_idx is not None and padding_idx < 0:
         padding_idx += weight.shape[0]
-    samples, entries = rules.batch_size, weight.shape[0]
+    entries = weight.shape[0]
     if rules.shares_positions(input, weight):
         out = F.embedding(input, weight, padding_idx)
 
@@ -156,16 +158,17 @@ def embedding(
             return (weight,), EmbeddingFactors(ids, grads.reshape(*ids.shape, weight.shape[1]), entries, padding_idx)
 
         return rules.derive(out, weight, pull=pull if isinstance(weight, PrivateParameter) else None)
-    if input.dim() == 0 or samples not in (None, input.shape[0]):
-        rules.check_batch(input if input.dim() else input[None], "embedding()", weight)
-    rules.tell(input, "embedding()", weight)
+    rules.check_ids(input, weight)
     out = F.embedding(input, plain(weight), padding_idx)
+    return rules.tap(out, embedding_factors(entries, padding_idx), [input], weight)
 
+
+def embedding_factors(entries: int, padding_idx: int | None) -> Any:
     def build(saved: Sequence[Tensor], g: Tensor, wanted: Sequence[bool]) -> Factors:
         ids = saved[0]
         return EmbeddingFactors(*((ids, g) if ids.dim() > 1 else (ids[:, None], g[:, None])), entries, padding_idx)
 
-    return rules.tap(out, build, [input], weight)
+    return build
 
 
 def wide(x: Tensor) -> Tensor:
@@ -173,22 +176,25 @@ def wide(x: Tensor) -> Tensor:
 
 
 def _affine(rules: Rules, out: Tensor, x: Tensor, weight: Any, bias: Any, last: int | None, normalise: Any) -> Tensor:
-    """`normalise(x)` is what the weight multiplies: on the `last` axes, or on axis 1 if None."""
-    with_weight, with_bias = trains(weight), trains(bias)
     shape = tuple((weight if weight is not None else bias).shape)
+    return rules.tap(out, affine_factors(shape, trains(weight), trains(bias), last, normalise), [x], weight, bias)
+
+
+def affine_factors(shape: Sequence[int], weight: bool, bias: bool, last: int | None, normalise: Any) -> Any:
+    """`normalise(x)` is what the weight multiplies: on the `last` axes, or on axis 1 if None."""
 
     def columns(y: Tensor) -> Tensor:
         return y.movedim(1, -1) if last is None else y.flatten(-last)
 
     def build(saved: Sequence[Tensor], g: Tensor, wanted: Sequence[bool]) -> Factors:
         flags = iter(wanted)
-        first, second = with_weight and next(flags), with_bias and next(flags)
-        if first:
-            return ScaleShiftFactors(columns(normalise(wide(saved[0]))), columns(g), second, shape)
+        with_weight, with_bias = weight and next(flags), bias and next(flags)
+        if with_weight:
+            return ScaleShiftFactors(columns(normalise(wide(saved[0]))), columns(g), with_bias, shape)
         g = columns(g)
         return PerSample([(g.flatten(1, -2).sum(1) if g.dim() > 2 else g).reshape(-1, *shape)])
 
-    return rules.tap(out, build, [x], weight, bias)
+    return build
 
 
 @rule(F.layer_norm)

@@ -44,13 +44,13 @@ class Use:
             )
         with torch._C.DisableTorchFunctionSubclass():
             pairs = zip(self.targets, nodes, strict=True)
-            wanted = [target.requires_grad and _executes(node, self.targets) for target, node in pairs]
+            wanted = [target.requires_grad and executes(node, self.targets) for target, node in pairs]
             if any(wanted):
                 targets = [target for target, want in zip(self.targets, wanted, strict=True) if want]
                 self.engine._passes.receive(self, targets, lambda: self.build(saved, backprops, wanted))
 
 
-def _executes(node: Any, targets: Sequence[Tensor]) -> bool:
+def executes(node: Any, targets: Sequence[Tensor]) -> bool:
     """Whether this backward pass is to reach a target; `torch.autograd.grad` of the inputs alone is not."""
     if node is None:
         return False

@@ -42,6 +42,11 @@ def warn_if_fast(mode: str, *, stacklevel: int) -> None:
         )
 
 
+def capturing() -> bool:
+    """Whether the current stream records a CUDA graph; asked without a word to a driver that is not in use."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 class Noise:
     """A source of Gaussian noise, keyed once and counting its draws.
 
@@ -99,9 +104,13 @@ class Noise:
         cls._forks += 1
 
     def next_draw(self) -> int:
-        """Reserve a draw number; no other call gets it."""
+        """Reserve a draw number; no other call gets it. It is a constant of whatever kernel takes it."""
         if self._this_process() != self._process:
             raise RuntimeError("noise: this Noise was made before a fork and would repeat draws; make one per process")
+        if capturing():
+            raise RuntimeError(
+                "noise: a draw is captured in a CUDA graph, whose replays would repeat it; draw outside the capture"
+            )
         with self._lock:
             self._draws += 1
             return self._draws - 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from catalogue_compile import COMPILE_MUTANTS
 from catalogue_distributed import DISTRIBUTED_MUTANTS
 from catalogue_flow import FLOW_MUTANTS, USER_MUTANTS
 from catalogue_ledger import LEDGER_MUTANTS
@@ -483,6 +484,7 @@ MUTANTS = [
     *MIXED_MUTANTS,
     *RESUME_MUTANTS,
     *SECURE_MUTANTS,
+    *COMPILE_MUTANTS,
     *USER_MUTANTS,
     *FLOW_MUTANTS,
     *DEEP_TRAINER_MUTANTS,
