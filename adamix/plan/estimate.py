@@ -236,8 +236,8 @@ class Job:
         return communication.total / link
 
     def largest_micro_batch(self, limit: int, rates: Rates) -> int:
-        """A number of rows, of any batch, whose step takes at most `limit` bytes, and at least 95 % of it; 0 if one row
-        takes more. Memory grows by nearly as much with each row, so few tries find it."""
+        """A number of rows, of any batch, whose step takes at most `limit` bytes, and hardly 5 % below the largest; 0
+        if one row takes more. Memory grows by nearly as much with each row, so few tries find it."""
         job = dataclasses.replace(self, batch=_MOST_ROWS * self.devices)
         known = {rows: job.memory(rows, rates).total for rows in (1, 16)}
         if known[1] > limit:
@@ -245,12 +245,12 @@ class Job:
         for _ in range(_TRACES):
             below = max(rows for rows, held in known.items() if held <= limit)
             above = min((rows for rows, held in known.items() if held > limit), default=_MOST_ROWS)
-            if known[below] >= 0.95 * limit or above - below <= 1:
-                break
             near = above if above in known else max(rows for rows in known if rows != below)
-            slope = (known[near] - known[below]) / (near - below)
-            guess = below + int((0.99 * limit - known[below]) / max(slope, 1.0))
-            rows = min(max(guess, below + 1), above - 1)
+            slope = max(1.0, (known[near] - known[below]) / (near - below))  # bytes of a row
+            room = int((limit - known[below]) / slope)
+            if above - below <= 1 or room <= below // 20:
+                break
+            rows = min(below + max(1, room - room // 100), above - 1)
             known[rows] = job.memory(rows, rates).total
         return max(rows for rows, held in known.items() if held <= limit)
 

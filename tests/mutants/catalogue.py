@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from catalogue_flow import FLOW_MUTANTS, USER_MUTANTS
 from catalogue_ledger import LEDGER_MUTANTS
+from catalogue_plan import PLAN_MUTANTS
 from catalogue_resume import RESUME_MUTANTS
 from catalogue_secure import SECURE_MUTANTS
 from mutant import Mutant
@@ -445,4 +446,5 @@ MUTANTS = [
     *SECURE_MUTANTS,
     *USER_MUTANTS,
     *FLOW_MUTANTS,
+    *PLAN_MUTANTS,
 ]
