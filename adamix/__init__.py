@@ -2,6 +2,7 @@
 
 from adamix.config import Config
 from adamix.data import Split, load_split
+from adamix.deep import DeepAdaMix, DeepConfig, DeepResult
 from adamix.errors import InputError
 from adamix.features import extract_features
 from adamix.ledger import Ledger
@@ -13,6 +14,9 @@ from adamix.trainer import AdaMix, Result
 __all__ = [
     "AdaMix",
     "Config",
+    "DeepAdaMix",
+    "DeepConfig",
+    "DeepResult",
     "InputError",
     "Ledger",
     "Result",

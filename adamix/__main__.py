@@ -1,4 +1,4 @@
-"""The command line: `adamix train|budget|baselines|features|audit|plan|info`, also `python -m adamix`."""
+"""The command line: `adamix train|finetune|budget|baselines|features|audit|plan|info`, also `python -m adamix`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from adamix import cli, cli_audit, cli_baselines, cli_budget, cli_plan
+from adamix import cli, cli_audit, cli_baselines, cli_budget, cli_finetune, cli_plan
 from adamix.errors import InputError
 from adamix.report import to_json
 
@@ -26,6 +26,7 @@ def parser() -> argparse.ArgumentParser:
     commands = root.add_subparsers(dest="command", required=True, parser_class=_Parser)
     for add in (
         cli.add_train,
+        cli_finetune.add_finetune,
         cli_budget.add_budget,
         cli_baselines.add_baselines,
         cli.add_features,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from adamix.storage import one_line
 
 FORMAT = 1
 _TENSORS = ("weights", "anchor", "start")
+#: Before the names of an optimizer's tensors in the file.
+_OPTIMIZER = "optimizer."
 _KEPT = 2
 
 
@@ -35,7 +37,8 @@ class Checkpoint:
 
     `weights` now, `anchor` after phase 1, `start` as the model came, each `[P]` float32. `config` as JSON. `fixed`:
     what else must be the same to go on (public rows, shapes). `metrics` of the finished steps. `ledger_count` and
-    `ledger_head` are those of the ledger at that instant.
+    `ledger_head` are those of the ledger at that instant. `optimizer`: tensors of its state, and `optimizer_state` the
+    rest of it as JSON; both empty where there is none.
     """
 
     run: str
@@ -49,6 +52,8 @@ class Checkpoint:
     weights: Tensor
     anchor: Tensor
     start: Tensor
+    optimizer: dict[str, Tensor] = field(default_factory=dict)
+    optimizer_state: dict[str, Any] = field(default_factory=dict)
 
 
 def save_checkpoint(folder: str | Path, checkpoint: Checkpoint) -> None:
@@ -60,8 +65,10 @@ def save_checkpoint(folder: str | Path, checkpoint: Checkpoint) -> None:
     folder = Path(folder)
     try:
         durable.make_folder(folder)
-        tensors = save({name: getattr(checkpoint, name).detach().cpu().clone() for name in _TENSORS})
-        record = {key: value for key, value in vars(checkpoint).items() if key not in _TENSORS}
+        held = {name: getattr(checkpoint, name) for name in _TENSORS}
+        held |= {_OPTIMIZER + name: tensor for name, tensor in checkpoint.optimizer.items()}
+        tensors = save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in held.items()})
+        record = {key: value for key, value in vars(checkpoint).items() if key not in (*_TENSORS, "optimizer")}
         record |= {"format": FORMAT, "tensors_sha256": hashlib.sha256(tensors).hexdigest()}
         path = folder / f"step-{checkpoint.finished:07d}.json"
         durable.replace_file(path.with_suffix(".safetensors"), tensors)
@@ -94,11 +101,13 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
         if (found := record.pop("format")) != FORMAT:
             raise ValueError(f"its format is {found}, this version reads {FORMAT}")
         tensors: Any = load(data)
+        of_optimizer = {name: tensors.pop(name) for name in list(tensors) if name.startswith(_OPTIMIZER)}
+        optimizer = {name.removeprefix(_OPTIMIZER): tensor for name, tensor in of_optimizer.items()}
         if set(tensors) != set(_TENSORS) or record["finished"] != _number(path):
             raise ValueError("it does not hold what its name says")
         if any(t.dim() != 1 or t.dtype != torch.float32 or t.shape != tensors["start"].shape for t in tensors.values()):
             raise ValueError("its tensors are not vectors of one length")
-        return Checkpoint(**record, **tensors)
+        return Checkpoint(**record, **tensors, optimizer=optimizer)
     except Exception as error:  # a file that somebody made may be wrong in any way
         remedy = f"remove it to resume from {pairs[-2].stem}, whose later steps are charged again" if pairs[1:] else (
             "restore it from a backup; the ledger keeps what was spent"

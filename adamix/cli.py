@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import inspect
 import os
 import platform
-import re
-from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
@@ -20,7 +17,7 @@ from rich.table import Table
 import adamix_kernels
 from adamix import baselines, features
 from adamix.cli_budget import add_ledger_flags, check_ledger_flags, make_new_ledger
-from adamix.cli_common import Commands, add_command, console_of, progress_bar
+from adamix.cli_common import Commands, add_command, add_settings, console_of, find_device, progress_bar
 from adamix.config import Config
 from adamix.data import DEFAULT_SOURCE, Split, load_split
 from adamix.datasets import BENCHMARKS
@@ -28,7 +25,6 @@ from adamix.errors import InputError
 from adamix.private_metrics import PrivateMetrics
 from adamix.report import check_out, write_run
 from adamix.rows import UserRows
-from adamix.storage import one_line
 from adamix.trainer import AdaMix, Result
 
 
@@ -61,39 +57,8 @@ def add_train(commands: Commands) -> None:
         help="also write loss, accuracy and clipped fraction of the private rows, without noise, to "
         "OUT/PRIVATE_metrics.jsonl (outside the guarantee)",
     )
-    settings = parser.add_argument_group("settings")
-    described = _settings_help()
-    for field in dataclasses.fields(Config):
-        flag = "--" + field.name.replace("_", "-")
-        default = 3.0 if field.name == "epsilon" else field.default
-        if field.name == "expected_batch_size":
-            default = None
-        if field.type == "bool":
-            settings.add_argument(
-                flag, action=argparse.BooleanOptionalAction, default=default, help=described[field.name]
-            )
-        else:
-            settings.add_argument(
-                flag, type=_parser_of(str(field.type)), default=default, help=described[field.name], metavar="VALUE"
-            )
-
-
-def _settings_help() -> dict[str, str]:
-    """The help of each setting is its entry in the docstring of `Config`."""
-    text = (inspect.getdoc(Config) or "").split("Args:")[1].split("Raises:")[0]
-    entries = re.split(r"^    (?=\w+: )", text, flags=re.MULTILINE)[1:]
-    found = (entry.split(": ", 1) for entry in entries)
-    return {name: " ".join(words.split()).replace("%", "%%") for name, words in found}
-
-
-def _parser_of(annotation: str) -> Callable[[str], Any]:
-    kind = {"float": float, "int": int, "str": str}[annotation.removesuffix(" | None")]
-
-    def parse(text: str) -> Any:
-        return None if annotation.endswith("None") and text.lower() == "none" else kind(text)
-
-    parse.__name__ = annotation.replace(" | None", " or none")  # argparse names it in its message
-    return parse
+    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
+    add_settings(parser, Config, {**defaults, "epsilon": 3.0, "expected_batch_size": None})
 
 
 def train(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -103,7 +68,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     elif arguments.log_private_metrics:
         raise InputError("log_private_metrics: there is no folder to write to; pass --out")
     check_ledger_flags(arguments)
-    device = _device(arguments.device)
+    device = find_device(arguments.device)
     settings = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Config)}
     Config(**{**settings, "expected_batch_size": settings["expected_batch_size"] or 1})  # before the data are loaded
     split = _to_device(
@@ -150,15 +115,6 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
         write_run(arguments.out, result, summary, seen)
         console.print(f"Run folder: {arguments.out}", markup=False)
     return summary
-
-
-def _device(name: str | None) -> torch.device:
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=device).sum().item()
-    except Exception as error:  # torch says so in many ways
-        raise InputError(f"device: {name!r} cannot be used ({one_line(error)}); pass cpu") from error
-    return device
 
 
 def _to_device(split: Split, device: torch.device) -> Split:

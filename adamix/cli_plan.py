@@ -14,11 +14,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from adamix.cli_common import Commands, add_command, console_of, progress_bar
+from adamix.deep.tuning import MODES
 from adamix.errors import InputError
 from adamix.plan import PRESETS, SHAPES, Accounting, Estimate, Job, Rates, Setting, account, preset, resolve
 from adamix.plan.estimate import SHARDINGS
 from adamix.plan.measure import measure
-from adamix.plan.models import TUNINGS
 from adamix.plan.rates import default_path
 from adamix.plan.steps import OPTIMIZERS, PRECISIONS, STRATEGIES
 
@@ -32,7 +32,7 @@ def add_plan(commands: Commands) -> None:
     model.add_argument("--sequence-length", type=int, help="tokens of a sample; default: 1024")
     model.add_argument("--image-size", type=int, help="pixels a side; default: the configuration's")
     model.add_argument("--input-shape", help="of one sample of a module:function, such as 3,32,32")
-    model.add_argument("--tuning", choices=TUNINGS, default="full", help="what is trained")
+    model.add_argument("--tuning", default="full", help=f"what is trained: {', '.join(MODES)}, or patterns of names")
     model.add_argument("--lora-rank", type=int, default=8)
     step = parser.add_argument_group("step")
     step.add_argument("--batch", type=int, default=256, help="private rows of a step, of all devices together")

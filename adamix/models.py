@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,7 +23,44 @@ from adamix_kernels import project, softmax_head_clip_sum_noise, softmax_head_co
 _CHUNK_ELEMENTS = 1 << 24
 
 
-class Trainable:
+class Weights(Protocol):
+    """What a checkpoint takes from a training."""
+
+    def weights(self) -> Tensor:
+        """Those that are trained, `[P]` float32."""
+
+    def optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors by name, and the rest as JSON can hold it."""
+
+
+class ParameterVector:
+    """Parameters as one vector `[P]`, in float32."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self._parameters = list(parameters)
+
+    @property
+    def size(self) -> int:
+        return sum(p.numel() for p in self._parameters)
+
+    def weights(self) -> Tensor:
+        """A copy, `[P]` float32."""
+        with torch._C.DisableTorchFunctionSubclass():  # those of an engine are of a class of its own
+            return torch.cat([p.detach().flatten().float() for p in self._parameters])
+
+    def set_weights(self, weights: Tensor) -> None:
+        start = 0
+        with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+            for p in self._parameters:
+                p.copy_(weights[start : start + p.numel()].view_as(p))
+                start += p.numel()
+
+    def optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Plain steps have none."""
+        return {}, {}
+
+
+class Trainable(ParameterVector):
     """A classifier seen as a vector of its trainable parameters `[P]`; gradients come from `torch.func`.
 
     Gradients are taken in eval mode, each chunk on a fresh copy of the module that is then dropped, with generators as
@@ -40,33 +78,14 @@ class Trainable:
     most_elements = _CHUNK_ELEMENTS
 
     def __init__(self, module: nn.Module) -> None:
-        if not isinstance(module, nn.Module):
-            raise InputError(f"model: is {type(module).__name__}; pass an nn.Module, or None for a softmax head")
+        check_module(module)
         self.module = module
-        lazy = [name for name, p in module.named_parameters() if isinstance(p, nn.UninitializedParameter)]
-        if lazy:
-            raise InputError(f"model: parameter {lazy[0]} has no shape yet; run the model once on a batch")
         named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         if not named:
             raise InputError("model: it has no trainable parameter; set requires_grad on those to train")
-        for name, child in module.named_modules():
-            if child._forward_hooks or child._forward_pre_hooks:
-                raise InputError(
-                    f"model: {name or 'the model'} has forward hooks, which would see private rows; remove them (for "
-                    "weight and spectral norm use torch.nn.utils.parametrizations)"
-                )
-            if isinstance(child, nn.modules.batchnorm._BatchNorm):
-                raise InputError(
-                    f"model: {name or 'the model'} is {type(child).__name__}, which mixes the samples of a batch, so "
-                    "no per-sample gradient exists; use GroupNorm or LayerNorm instead"
-                )
         self._names = [name for name, _ in named]
-        self._parameters = [p for _, p in named]
+        super().__init__([p for _, p in named])
         self.layers = _layer_slices(named)
-
-    @property
-    def size(self) -> int:
-        return sum(p.numel() for p in self._parameters)
 
     def check(self, public: Rows, classes: int) -> None:
         """Try the module on public rows before anything is trained.
@@ -103,17 +122,6 @@ class Trainable:
                 "exists; keep the samples apart"
             )
         next(self.grad_sample(few))
-
-    def weights(self) -> Tensor:
-        """A copy, `[P]` float32."""
-        return torch.cat([p.detach().flatten() for p in self._parameters]).float()
-
-    def set_weights(self, weights: Tensor) -> None:
-        start = 0
-        with torch.no_grad():
-            for p in self._parameters:
-                p.copy_(weights[start : start + p.numel()].view_as(p))
-                start += p.numel()
 
     def loss(self, rows: Rows) -> Tensor:
         """Mean cross-entropy, differentiable."""
@@ -224,6 +232,30 @@ class SoftmaxHead(Trainable):
             residual[torch.arange(len(rows.y)), rows.y] -= 1
             weight = (residual[:, :, None] * rows.x[:, None, :]).flatten(1)
             return weight if self.head.bias is None else torch.cat([weight, residual], dim=1)
+
+
+def check_module(module: nn.Module) -> None:
+    """Refuse a model whose per-sample gradients do not exist, or that shows private rows to others.
+
+    Raises:
+        InputError: it is no module, has parameters without a shape, forward hooks, or a BatchNorm.
+    """
+    if not isinstance(module, nn.Module):
+        raise InputError(f"model: is {type(module).__name__}; pass an nn.Module, or None for a softmax head")
+    lazy = [name for name, p in module.named_parameters() if isinstance(p, nn.UninitializedParameter)]
+    if lazy:
+        raise InputError(f"model: parameter {lazy[0]} has no shape yet; run the model once on a batch")
+    for name, child in module.named_modules():
+        if child._forward_hooks or child._forward_pre_hooks:
+            raise InputError(
+                f"model: {name or 'the model'} has forward hooks, which would see private rows; remove them (for "
+                "weight and spectral norm use torch.nn.utils.parametrizations)"
+            )
+        if isinstance(child, nn.modules.batchnorm._BatchNorm):
+            raise InputError(
+                f"model: {name or 'the model'} is {type(child).__name__}, which mixes the samples of a batch, so "
+                "no per-sample gradient exists; use GroupNorm or LayerNorm instead"
+            )
 
 
 def trainable(module: nn.Module) -> Trainable:

@@ -22,7 +22,7 @@ class Step:
     """What may be published about one step: nothing here has touched a private row.
 
     `thresholds` tau_t per layer; `public_loss` mean; `public_clipped`, the share of public rows above the threshold;
-    `rank` of the subspace, None without one; `step_size` eta.
+    `rank` of the subspace, None without one; `step_size` eta. NaN for what was not measured.
     """
 
     number: int

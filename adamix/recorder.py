@@ -9,25 +9,28 @@ import uuid
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from adamix.checkpoint import Checkpoint, check_unused, load_checkpoint, save_checkpoint
-from adamix.config import Config
+from adamix.config import Budget
 from adamix.errors import InputError
 from adamix.ledger import Ledger
-from adamix.models import Trainable
+from adamix.models import Trainable, Weights
 from adamix.privacy import calibrate, spent, spent_by_step
 from adamix.private_phase import Step
 from adamix.rows import Rows
 
+Settings = TypeVar("Settings", bound=Budget)
+
 
 @contextmanager
 def recording(
-    config: Config,
+    config: Settings,
     ledger: Ledger | str | Path | None,
     checkpoint: str | Path | None,
     *,
@@ -35,7 +38,7 @@ def recording(
     resume: bool,
     fixed: dict[str, Any],
     unit: str = "record",
-) -> Iterator[Recorder]:
+) -> Iterator[Recorder[Settings]]:
     """A `Recorder` for one run; a ledger given as a path is open and locked inside the block only.
 
     Args:
@@ -56,7 +59,7 @@ def recording(
             opened.close()
 
 
-class Recorder:
+class Recorder(Generic[Settings]):
     """Without a ledger it does nothing but count.
 
     `config`: the settings the run began with, on which step sizes rest; `last`: the step to stop after, fewer if a
@@ -65,7 +68,7 @@ class Recorder:
 
     def __init__(
         self,
-        config: Config,
+        config: Settings,
         ledger: Ledger | None,
         folder: Path | None,
         every: int,
@@ -116,7 +119,7 @@ class Recorder:
     def _remaining(self) -> int:
         return self.last - len(self.steps)
 
-    def begin(self, view: Trainable, *, anchor: Tensor, start: Tensor) -> None:
+    def begin(self, view: Weights, *, anchor: Tensor, start: Tensor) -> None:
         """Before the first step of this process: the checkpoint that a run is resumed from, then its line."""
         self._anchor, self._start = anchor, start
         if self._ledger is None or self.finished:
@@ -138,7 +141,7 @@ class Recorder:
         """Called before the batch of a step is drawn: returns when the step is safely charged."""
         self._charged = self._charged + 1 if self._ledger is None else self._ledger.charge(self._run)
 
-    def finish_step(self, step: Step, view: Trainable) -> None:
+    def finish_step(self, step: Step, view: Weights) -> None:
         self.steps.append(step)
         if self._folder is not None and (self.finished or len(self.steps) % self._every == 0):
             self._save(view)
@@ -159,8 +162,9 @@ class Recorder:
         """Of all runs in the ledger, at its own delta."""
         return None if self._ledger is None else self._ledger.spent()
 
-    def _save(self, view: Trainable) -> None:
+    def _save(self, view: Weights) -> None:
         assert self._ledger is not None and self._folder is not None
+        optimizer, state = view.optimizer_state()
         save_checkpoint(
             self._folder,
             Checkpoint(
@@ -175,6 +179,8 @@ class Recorder:
                 weights=view.weights(),
                 anchor=self._anchor,
                 start=self._start,
+                optimizer=optimizer,
+                optimizer_state=state,
             ),
         )
 
@@ -202,12 +208,13 @@ def fixed_parts(view: Trainable, public: Rows, classes: int) -> dict[str, Any]:
         "shape of a row": list(public.x.shape[1:]),
         "classes": classes,
         "trained parameters": view.size,
-        "public rows": _digest(public.x, public.y),
-        "frozen parameters and buffers": _digest(*(tensor for tensor in rest if isinstance(tensor, Tensor))),
+        "public rows": digest_of(public.x, public.y),
+        "frozen parameters and buffers": digest_of(*(tensor for tensor in rest if isinstance(tensor, Tensor))),
     }
 
 
-def _digest(*tensors: Tensor) -> str:
+def digest_of(*tensors: Tensor) -> str:
+    """A hash of their types, shapes and values."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
@@ -215,7 +222,7 @@ def _digest(*tensors: Tensor) -> str:
     return digest.hexdigest()
 
 
-def _check_arguments(config: Config, ledger: Any, checkpoint: Any, every: Any, resume: bool) -> None:
+def _check_arguments(config: Budget, ledger: Any, checkpoint: Any, every: Any, resume: bool) -> None:
     if ledger is not None and not isinstance(ledger, Ledger | str | Path):
         raise InputError(f"ledger: is {type(ledger).__name__}; pass the path of a ledger, or a Ledger")
     if checkpoint is not None and not isinstance(checkpoint, str | Path):
@@ -232,7 +239,7 @@ def _check_arguments(config: Config, ledger: Any, checkpoint: Any, every: Any, r
         )
 
 
-def _check_same(saved: Checkpoint, config: Config, fixed: dict[str, Any]) -> None:
+def _check_same(saved: Checkpoint, config: Budget, fixed: dict[str, Any]) -> None:
     """Refuse to go on with anything else than what the run began with; fewer steps are allowed."""
     given = _plain(dataclasses.asdict(config))
     for name in given | saved.config:
@@ -255,11 +262,13 @@ def _check_same(saved: Checkpoint, config: Config, fixed: dict[str, Any]) -> Non
 
 
 def _plain(value: Any) -> Any:
-    """As JSON can hold it: infinities and NaN become texts, which `float` reads."""
+    """As JSON can hold it: NumPy's numbers become Python's, infinities and NaN texts, which `float` reads."""
     if isinstance(value, dict):
         return {key: _plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(inner) for inner in value]
+    if isinstance(value, Real) and not isinstance(value, bool):
+        value = int(value) if isinstance(value, Integral) else float(value)
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -11,12 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors.torch import save_file
 
+from adamix.deep import DeepResult
 from adamix.errors import InputError
 from adamix.private_metrics import PrivateMetrics
 from adamix.storage import one_line
-from adamix.trainer import Result, tensors_of
+from adamix.trainer import Result
 from adamix_kernels import Private
 
 
@@ -46,7 +48,10 @@ def _cannot_write(path: Path, error: Exception) -> InputError:
 
 
 def write_run(
-    out: str | Path, result: Result, summary: dict[str, Any], private_metrics: Sequence[PrivateMetrics] = ()
+    out: str | Path,
+    result: Result | DeepResult,
+    summary: dict[str, Any],
+    private_metrics: Sequence[PrivateMetrics] = (),
 ) -> None:
     """Write `config.json`, `summary.json`, `metrics.jsonl`, `weights.safetensors`, `public_weights.safetensors`
     and `run.png` into the new folder `out`; all of it may be published.
@@ -67,7 +72,7 @@ def write_run(
         if private_metrics:
             lines = [to_json(metrics.revealed()) + "\n" for metrics in private_metrics]
             (staging / "PRIVATE_metrics.jsonl").write_text("".join(lines))
-        save_file(tensors_of(result.model), staging / "weights.safetensors")
+        save_file(result.trained_state(), staging / "weights.safetensors")
         save_file(result.public_state, staging / "public_weights.safetensors")
         plot_run(result, staging / "run.png")
         staging.chmod(0o755)
@@ -79,7 +84,7 @@ def write_run(
             shutil.rmtree(staging, ignore_errors=True)  # moved away by now, unless something failed
 
 
-def step_records(result: Result) -> list[dict[str, Any]]:
+def step_records(result: Result | DeepResult) -> list[dict[str, Any]]:
     """Per step, what costs no privacy: threshold(s), public loss, clipped share of public rows, epsilon so far."""
     return [
         {**dataclasses.asdict(step), "epsilon": epsilon}
@@ -105,7 +110,7 @@ def to_json(value: Any, indent: int | None = None) -> str:
     return json.dumps(finite(value), indent=indent, allow_nan=False)
 
 
-def plot_run(result: Result, path: Path) -> None:
+def plot_run(result: Result | DeepResult, path: Path) -> None:
     """Threshold, public loss, clipped share of the public rows and epsilon against the step, as a PNG."""
     from matplotlib.figure import Figure  # slow to import, and no display is needed
 
@@ -115,6 +120,7 @@ def plot_run(result: Result, path: Path) -> None:
         ("public loss", [step.public_loss for step in result.steps]),
         ("clipped share of public rows", [step.public_clipped for step in result.steps]),
     ]
+    panels = [(title, values) for title, values in panels if not np.isnan(values).all()]
     if math.isfinite(result.epsilon):
         panels.append(("epsilon so far", result.epsilons))
     figure = Figure(figsize=(10, 6), layout="constrained")

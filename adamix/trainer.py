@@ -61,6 +61,10 @@ class Result:
     config: Config
     ledger_epsilon: float | None = None
 
+    def trained_state(self) -> dict[str, Tensor]:
+        """The model's tensors, copies."""
+        return tensors_of(self.model)
+
 
 class AdaMix:
     """Private training of a classifier with a little public data.
@@ -81,19 +85,8 @@ class AdaMix:
     """
 
     def __init__(self, model: nn.Module | None = None, **settings: Any) -> None:
-        if "expected_batch_size" not in settings:
-            raise InputError(
-                "expected_batch_size: missing; pass the number of private rows a step is expected to see, as a figure "
-                "that may be public (a planned size, not a count of the data)"
-            )
-        if "epsilon" not in settings:
-            raise InputError("epsilon: missing; pass the privacy budget, for instance 3.0")
-        if unknown := settings.keys() - Config.__dataclass_fields__.keys():
-            raise InputError(
-                f"{min(unknown)}: no such setting; the settings are {', '.join(Config.__dataclass_fields__)}"
-            )
         self.model = model
-        self.config = Config(**settings)
+        self.config = Config.of(settings)
 
     def fit(
         self,
@@ -164,7 +157,7 @@ class AdaMix:
 
     def _train(
         self,
-        recorder: Recorder,
+        recorder: Recorder[Config],
         view: Trainable,
         geometry: nn.Module | None,
         public: Rows,

@@ -197,15 +197,15 @@ def _clip_sum_noise(
     "cuda",
     device="cuda",
     unavailable=unavailable,
-    refuses=lambda tensor, std, noise: not_writable(tensor) or refused(*as_list(tensor), std) or overlap(tensor),
+    refuses=lambda tensor, std, **_: not_writable(tensor) or refused(*as_list(tensor), std) or overlap(tensor),
 )
-def _add_gaussian_noise_(tensor: Any, std: float | Tensor, noise: Noise) -> Any:
+def _add_gaussian_noise_(tensor: Any, std: float | Tensor, noise: Noise, offsets: Sequence[int] | None = None) -> Any:
     parts = as_list(tensor)
     flat = _rows(parts)
     call = Call("add_gaussian_noise_", flat[0].device)
     unit, _memory = number(std)
     drawn = call.noise(noise, 1.0, unit)
-    for group in groups([part.view(1, part.numel()) for part in flat], _BLOCK):
+    for group in groups([part.view(1, part.numel()) for part in flat], _BLOCK, offsets=offsets):
         call("add_noise", DTYPES[group.dtype], _list(group, 1), drawn)
     with torch.no_grad():
         for part, noisy in zip(parts, flat, strict=True):

@@ -35,8 +35,10 @@ class Group(NamedTuple):
     widest: int
 
 
-def groups(parts: Sequence[Tensor], block: int, unit: int = 1) -> list[Group]:
+def groups(parts: Sequence[Tensor], block: int, unit: int = 1, offsets: Sequence[int] | None = None) -> list[Group]:
     """The contiguous tensors `[B, *]` of a list, by dtype, cut into blocks of `block` columns.
+
+    Each has its offset in the list as one vector, or that of `offsets`.
 
     Blocks start where the offset in the list is a multiple of `unit`, which divides `block`: the first of a tensor at
     column `-(offset % unit)`, the columns below 0 being nobody's.
@@ -45,7 +47,8 @@ def groups(parts: Sequence[Tensor], block: int, unit: int = 1) -> list[Group]:
     graph must not copy from memory of the host.
     """
     key = tuple((part.data_ptr(), math.prod(part.shape[1:]), part.dtype) for part in parts)
-    found, uploaded = _groups(key, parts[0].device, block, unit)
+    placed = None if offsets is None else tuple(offsets)
+    found, uploaded = _groups(key, parts[0].device, block, unit, placed)
     uploaded.wait(found)
     return found
 
@@ -87,10 +90,14 @@ _captured: list[list[Group]] = []
 
 @functools.lru_cache(maxsize=64)
 def _groups(
-    key: tuple[tuple[int, int, torch.dtype], ...], device: torch.device, block: int, unit: int
+    key: tuple[tuple[int, int, torch.dtype], ...],
+    device: torch.device,
+    block: int,
+    unit: int,
+    placed: tuple[int, ...] | None,
 ) -> tuple[list[Group], _Upload]:
     upload = _Upload(device)
-    offsets = np.cumsum([0] + [cols for _, cols, _ in key])
+    offsets = np.cumsum([0] + [cols for _, cols, _ in key]) if placed is None else np.array(placed, dtype=np.int64)
     found = []
     for dtype in dict.fromkeys(dtype for _, _, dtype in key):
         members = [i for i, part in enumerate(key) if part[2] == dtype]

@@ -17,7 +17,7 @@ from torch import Tensor
 from adamix_kernels.memory import none_behind, not_writable, plain
 from adamix_kernels.ops._numerics import as_list, sum_dtype
 from adamix_kernels.ops.clip import ClippedSum, clip_coef, clip_sum, clip_sum_noise
-from adamix_kernels.ops.noise import Noise, add_gaussian_noise_
+from adamix_kernels.ops.noise import Noise, add_gaussian_noise_, places
 from adamix_kernels.ops.norm import grad_norm_sq
 from adamix_kernels.ops.quantile import norm_quantile, rank_of
 from adamix_kernels.spec import FLOAT_DTYPES
@@ -174,10 +174,10 @@ def _clip_sum_noise(
     "cpp",
     device="cpu",
     unavailable=unavailable,
-    refuses=lambda tensor, std, noise: not_writable(tensor) or none_behind([*as_list(tensor), std], "cpu"),
+    refuses=lambda tensor, std, **_: not_writable(tensor) or none_behind([*as_list(tensor), std], "cpu"),
 )
-def _add_gaussian_noise_(tensor: Any, std: float | Tensor, noise: Noise) -> Any:
-    scale, draw, offset = float(std), noise.next_draw(), 0  # first: the std may be an element of what is written
+def _add_gaussian_noise_(tensor: Any, std: float | Tensor, noise: Noise, offsets: Sequence[int] | None = None) -> Any:
+    scale, draw = float(std), noise.next_draw()  # first: the std may be an element of what is written
     threads = torch.get_num_threads()
     waiting: list[tuple[int, Any, int, int]] = []
 
@@ -186,7 +186,7 @@ def _add_gaussian_noise_(tensor: Any, std: float | Tensor, noise: Noise) -> Any:
         waiting.clear()
 
     with torch.no_grad():
-        for part in as_list(tensor):
+        for part, offset in zip(as_list(tensor), places(as_list(tensor), offsets), strict=True):
             in_place = part.dtype in (torch.float32, torch.float64) and part.is_contiguous() and not part.is_neg()
             if not in_place:
                 add()  # parts may share memory: a copy must hold the noise of those before
@@ -196,6 +196,5 @@ def _add_gaussian_noise_(tensor: Any, std: float | Tensor, noise: Noise) -> Any:
                 add()
                 part.copy_(flat)
             torch.autograd.graph.increment_version(part)  # it was written behind torch's back
-            offset += part.numel()
         add()
     return tensor

@@ -13,7 +13,7 @@ from adamix_kernels.memory import plain
 from adamix_kernels.native import CPU, compiled, dtype_of, register
 from adamix_kernels.ops._numerics import as_list
 from adamix_kernels.ops.grid import bounds, factors_of, grid_clip_sum, grid_release
-from adamix_kernels.ops.noise import Noise
+from adamix_kernels.ops.noise import Noise, places
 
 
 @register(grid_clip_sum, "grad_sample", "coef")
@@ -31,13 +31,19 @@ def _grid_clip_sum(grad_sample: Tensor | Sequence[Tensor], coef: Tensor, max_gra
 
 
 @register(grid_release, "sums")
-def _grid_release(sums: Tensor | Sequence[Tensor], std: float, grid: float, noise: Noise | None) -> Any:
+def _grid_release(
+    sums: Tensor | Sequence[Tensor],
+    std: float,
+    grid: float,
+    noise: Noise | None,
+    offsets: Sequence[int] | None = None,
+) -> Any:
     parts = [plain(part) for part in as_list(sums)]
     released = [torch.empty(part.shape, dtype=torch.float32, device=CPU) for part in parts]
-    described, offset = [], 0
-    for part, out in zip(parts, released, strict=True):
-        described.append((part.data_ptr(), part.numel(), offset, out.data_ptr()))
-        offset += part.numel()
+    described = [
+        (part.data_ptr(), part.numel(), offset, out.data_ptr())
+        for part, offset, out in zip(parts, places(parts, offsets), released, strict=True)
+    ]
     key, draw = (noise._key, noise.next_draw()) if std and noise is not None else ([], 0)
     compiled().grid_release(described, key, draw, std / grid, grid, torch.get_num_threads())
     return released[0] if isinstance(sums, Tensor) else released

@@ -20,8 +20,6 @@ from adamix.errors import InputError
 from adamix.storage import one_line, require
 from adamix_kernels import replace_batch_norm
 
-TUNINGS = ("full", "lora", "head", "bias")
-
 
 @dataclass(frozen=True)
 class Work:
@@ -214,39 +212,6 @@ def _classification(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 def _next_token(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     out = _output(model, x)
     return F.cross_entropy(out.flatten(0, 1).float(), y.flatten())
-
-
-def tune(model: nn.Module, tuning: str, rank: int = 8) -> nn.Module:
-    """Leave only some parameters trainable: all ("full"), the last linear layer ("head"), biases and the last linear
-    layer ("bias"; Zaken et al. 2022, arXiv 2106.10199), or low-rank adapters of all linear layers but the last ("lora";
-    Hu et al. 2022, arXiv 2106.09685), through `peft`.
-
-    Raises:
-        InputError: there is no such layer, or nothing would be trained.
-    """
-    if tuning not in TUNINGS:
-        raise InputError(f"tuning: {tuning!r} is not valid here; pass one of {', '.join(TUNINGS)}")
-    if tuning == "full":
-        return model
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    if not linear:
-        raise InputError(f"tuning: {tuning!r} needs a linear layer, and the model has none; pass full")
-    head = dict(model.named_modules())[linear[-1]]
-    if tuning == "lora":
-        peft = require("peft", "peft", "tuning lora")
-        kinds = (nn.Linear, *_transposed())
-        targets = [name for name, part in model.named_modules() if isinstance(part, kinds) and part is not head]
-        return peft.get_peft_model(model, peft.LoraConfig(r=rank, target_modules=targets))
-    of_head = {id(p) for p in head.parameters()}  # by itself: it may be tied to an embedding
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(id(parameter) in of_head or (tuning == "bias" and name.endswith("bias")))
-    return model
-
-
-def _transposed() -> tuple[type, ...]:
-    """GPT-2's linear layers."""
-    module = sys.modules.get("transformers.pytorch_utils")
-    return (module.Conv1D,) if module is not None else ()
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:

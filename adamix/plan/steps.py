@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adamix.deep.tuning import tune
 from adamix.errors import InputError
-from adamix.plan.models import Work, tune
+from adamix.plan.models import Work
 from adamix.plan.trace import Trace
 from adamix_kernels import DPEngine, Noise, PrivacyError
 
@@ -34,7 +35,7 @@ class Setting:
 
     Args:
         strategy: one of `STRATEGIES`, or None for the step without privacy.
-        tuning: what is trained, see `models.tune`.
+        tuning: what is trained, a mode of `adamix.deep.tuning.tune`.
         precision: "fp32", or "bf16" parameters and activations; sums are float32 in any case.
         optimizer: one of `OPTIMIZERS`.
         device: "cpu" or "cuda".
@@ -64,12 +65,11 @@ def model_of(work: Work, setting: Setting) -> nn.Module:
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            model = tune(work.build(), setting.tuning, setting.lora_rank)
+            model = work.build()
+            tune(model, setting.tuning, lora_rank=setting.lora_rank)
         except NotImplementedError as error:
             raise InputError(f"model: cannot be built on the meta device ({error})") from error
     model = model.to(PRECISIONS[setting.precision])
-    if not any(p.requires_grad for p in model.parameters()):
-        raise InputError(f"tuning: {setting.tuning!r} leaves no parameter of this model to train; pass full")
     return model.train()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -90,9 +90,9 @@ def check_modules(modules: Sequence[tuple[str, nn.Module]]) -> None:
             )
 
 
-def check_parameters(model: nn.Module, optimizer: Any, owned: set[int] | None = None) -> None:
+def check_parameters(named: Iterable[tuple[str, Tensor]], optimizer: Any, owned: set[int] | None = None) -> None:
     """Each trainable parameter is stepped, and is still the one that the engine found, and nothing else is stepped."""
-    found = {id(p): (name, p) for name, p in model.named_parameters()}
+    found = {id(p): (name, p) for name, p in named}
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if found.keys() == stepped == owned:
         return
@@ -115,16 +115,26 @@ def check_parameters(model: nn.Module, optimizer: Any, owned: set[int] | None = 
         )
 
 
-def check_grads(trained: Sequence[tuple[str, nn.Parameter]], known: set[str]) -> None:
+def check_grads(trained: Sequence[tuple[str, Tensor]], known: set[str]) -> None:
     for name, parameter in trained:
         if parameter.grad is not None and name not in known:
             raise PrivacyError(
                 f"parameter {name!r} has a .grad that came neither from public() nor from a step, and may hold private "
-                "samples without noise; set it within public() if it does not"
+                "samples without noise; set it within public() if it does not. torch.distributed.checkpoint makes the "
+                "state of an optimizer by such a step: call get_state_dict() within restoring()"
             )
 
 
-def check_free(model: nn.Module) -> None:
+def check_restoring(grads: Iterable[Tensor | None], sums: Mapping[str, Tensor]) -> None:
+    """A step that only makes an optimizer's state."""
+    if sums or any(grad is not None and bool(grad.any()) for grad in grads):
+        raise PrivacyError(
+            "optimizer.step() within restoring(): there are gradients; save or load before a backward pass or after "
+            "optimizer.zero_grad(), and train outside of it"
+        )
+
+
+def check_free(model: nn.Module, sharded: bool = False) -> None:
     for name, parameter in model.named_parameters():
         if isinstance(parameter, PrivateParameter):
             raise PrivacyError(
@@ -135,7 +145,7 @@ def check_free(model: nn.Module) -> None:
                 f"model: parameter {name!r} is complex; only real ones are supported, keep it as one of [*, 2] and "
                 "take torch.view_as_complex() of it"
             )
-        if type(parameter) is not nn.Parameter:
+        if type(parameter) is not nn.Parameter and not sharded:
             raise PrivacyError(
                 f"model: parameter {name!r} is a {type(parameter).__name__}; only plain torch.nn.Parameter is supported"
             )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adamix_kernels.nn.factors import EmbeddingFactors, Factors, LinearFactors, PerSample, StackedFactors
+from adamix_kernels.nn.factors import EmbeddingFactors, Factors, LinearFactors, PerSample, StackedFactors, Taken
 from adamix_kernels.nn.parameter import PrivateParameter
 from adamix_kernels.ops._factored import blocks, own_error, positions_axis, sum_error
 from adamix_kernels.ops._numerics import round_up
@@ -98,7 +98,7 @@ def _tied(part: Sequence[Record]) -> Record | None:
 
 
 @dataclass
-class TiedFactors:
+class TiedFactors(Taken):
     """Gradients L + E of a weight `[V, D]` that is a linear layer's and an embedding's."""
 
     linear: LinearFactors

@@ -14,20 +14,24 @@ from torch.utils._pytree import tree_leaves
 from adamix_kernels.nn import attention as _attention  # noqa: F401  attaches rules
 from adamix_kernels.nn import recurrent as _recurrent  # noqa: F401
 from adamix_kernels.nn import rules_layers as _rules_layers  # noqa: F401
+from adamix_kernels.nn.adaptive import PublicQuantile
 from adamix_kernels.nn.checks import (
     check_free,
     check_grads,
     check_labels,
     check_modules,
     check_parameters,
+    check_restoring,
     check_settings,
     check_unit,
     mixing,
 )
 from adamix_kernels.nn.clipping import checked
+from adamix_kernels.nn.distributed import Undo, Unsynchronised, agreed_noise, ranks_of, settings_of, unwrapped
 from adamix_kernels.nn.errors import PrivacyError
 from adamix_kernels.nn.hooks import Hook, ZeroGrad
 from adamix_kernels.nn.metrics import Metrics
+from adamix_kernels.nn.mixed import PublicRows
 from adamix_kernels.nn.parameter import PrivateParameter, storage
 from adamix_kernels.nn.passes import Passes
 from adamix_kernels.nn.probe import tell_apart
@@ -45,7 +49,8 @@ class DPEngine:
         optimizer: holds all trainable parameters of the model and no other.
         max_grad_norm: the threshold C of a sample's gradient, above 0; with `strategy="per_layer"` a number is spread
             evenly, C / sqrt(layers) each, and a dict gives each layer (a module's name) its own. May be set anew before
-            each backward pass, also to a scalar tensor on the device, as `dp.max_grad_norm`.
+            each backward pass, also to a scalar tensor on the device, as `dp.max_grad_norm`. A `PublicQuantile` lets
+            the public rows of `mixed` set it; with "per_layer" each layer's noise then follows its own threshold.
         noise_multiplier: standard deviation of the noise over the threshold, on the sum; 0 adds none.
         expected_batch_size: what the noisy sum is divided by, a public constant: sample_rate times the data set's size,
             never the size of a batch.
@@ -67,9 +72,16 @@ class DPEngine:
             a release tells of the data. Then the gradients of all samples are made, whatever the strategy, which
             "two_pass" cannot; and max_grad_norm may change only between steps. Otherwise thresholds hold up to
             rounding, and releases are not hardened against attacks on floating point.
+        process_group: of the ranks that train one model together, each on samples of its own (see `nn.distributed`).
+            None takes that of a model in DistributedDataParallel, or sharded by `fully_shard`; "local" says that this
+            process trains alone, though others run. All settings are equal on all ranks, `expected_batch_size` counts
+            the samples of all of them. Each rank takes every step, also one without samples; with `fully_shard` also
+            every forward and backward pass. The key of the noise is rank 0's and crosses the network of the job.
         unit: whose data is protected, "sample" or "user". With "user" each backward pass runs within `dp.users(ids)`,
             the gradients of a user's rows are added before they are clipped, all of a user's rows are in one backward
-            pass of a step, and expected_batch_size counts users. Gradients of all samples are made here too.
+            pass of a step, and expected_batch_size counts users. Gradients of all samples are made here too. For the
+            accounting of Poisson batches users have to be drawn, not rows: a `PoissonSampler` of as many samples as
+            there are users, and then all rows of those that it takes.
 
     The privacy of a step is that of one Gaussian mechanism with `noise_multiplier`, for adding or removing one sample,
     or one user. Between two steps each may take part in one backward pass. Micro-batches simply call backward() more
@@ -89,7 +101,7 @@ class DPEngine:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         *,
-        max_grad_norm: float | Tensor | dict[str, float],
+        max_grad_norm: float | Tensor | dict[str, float] | PublicQuantile,
         noise_multiplier: float,
         expected_batch_size: float,
         strategy: str = "auto",
@@ -100,24 +112,32 @@ class DPEngine:
         measure_signal: bool = False,
         noise: Noise | None = None,
         unit: str = "sample",
+        process_group: Any = None,
     ) -> None:
         check_settings(strategy, clipping, loss_reduction, noise_multiplier, expected_batch_size, loss_scale)
         check_unit(unit, strategy, noise)
-        check_free(model)
+        wrapper, model = model, unwrapped(model)
+        self.ranks = ranks_of(wrapper, process_group)
+        if self.ranks is not None and measure_signal:
+            raise ValueError("measure_signal: is not measured over several ranks; pass False")
+        self.shards = self.ranks.shards if self.ranks is not None else None
+        check_free(model, self.shards is not None)
         self._mixing = mixing(model)
         check_modules(self._mixing)
-        check_parameters(model, optimizer)
+        check_parameters(model.named_parameters(), optimizer)
         self.model, self.optimizer = model, optimizer
         self.noise_multiplier, self.expected_batch_size = float(noise_multiplier), float(expected_batch_size)
         self.strategy = strategy
         self.clipping, self.loss_reduction, self.loss_scale = clipping, loss_reduction, float(loss_scale)
         self.joint_forwards, self.measure_signal = joint_forwards, measure_signal
-        self.noise = Noise() if noise is None else noise
+        self.noise = agreed_noise(self.ranks, Noise() if noise is None else noise)
         if noise_multiplier:
             warn_if_fast(self.noise.mode, stacklevel=2)
         self.steps = 0
         self.layers = {name: name.rpartition(".")[0] for name, _ in model.named_parameters()}
         self._owned: list[tuple[str, PrivateParameter]] = []
+        self._stepped: list[tuple[str, Tensor]] = []  # the same, or what is sharded of them
+        self.public_rows: PublicRows | None = None  # of the backward passes within mixed()
         self.max_grad_norm = max_grad_norm
         self._sums = StepSums(self, unit)
         self.batch_size: int | None = None
@@ -129,16 +149,24 @@ class DPEngine:
         self._known_grads: set[str] = set()  # parameters whose .grad is of public rows, or of a step
         self._rules, self._passes = Rules(self), Passes(self)
         self._handles: list[Any] = []
+        self._restoring = False
+        if self.ranks is not None:
+            self.ranks.check_equal(settings_of(self, unit))
+            self.ranks.check_weights(list(model.named_parameters()))
         self._attach()
+        if wrapper is not model:
+            self._wrap(wrapper)
 
     # --- attaching -----------------------------------------------------------------------------------------------
 
     def _attach(self) -> None:
-        for name, parameter in self.model.named_parameters():
+        named = list(self.model.named_parameters())
+        for name, parameter in named if self.shards is None else self.shards.unsharded(self.model):
             parameter.__class__ = PrivateParameter
             assert isinstance(parameter, PrivateParameter)
             parameter._dp_engine, parameter._dp_name = self, name
             self._owned.append((name, parameter))
+        self._stepped += named
         self._watch()
         self._handles += [
             self.model.register_forward_pre_hook(Hook(self._before_forward), with_kwargs=True),
@@ -150,6 +178,12 @@ class DPEngine:
         self._zero_grad = self.optimizer.zero_grad
         self._own_zero_grad = vars(self.optimizer).get("zero_grad")
         self.optimizer.zero_grad = self.zero_grad  # type: ignore[method-assign]
+
+    def _wrap(self, wrapper: nn.Module) -> None:
+        """The model's DistributedDataParallel, which has no gradients to add."""
+        self._handles.append(Unsynchronised(wrapper))
+        vars(wrapper)["zero_grad"] = ZeroGrad(wrapper, self._drop_all)
+        self._handles.append(Undo(lambda: vars(wrapper).pop("zero_grad")))
 
     def detach(self) -> None:
         """Take the engine off: the model and the optimizer are as they were. Sums of an unfinished step are lost."""
@@ -167,6 +201,7 @@ class DPEngine:
             if self._own_zero_grad is not None:
                 self.optimizer.zero_grad = self._own_zero_grad  # type: ignore[method-assign]
         self._owned.clear()
+        self._stepped.clear()
         self._forget()
 
     def _watch(self) -> None:
@@ -203,6 +238,39 @@ class DPEngine:
             yield
         finally:
             self._public -= 1
+
+    @contextmanager
+    def mixed(self, public_rows: Any, weight: float = 1.0) -> Iterator[None]:
+        """Backward passes inside are of batches that have public rows among the private ones.
+
+        `.grad` of the step is (clipped private sum + noise + sum of `weight` times each public gradient) /
+        (expected_batch_size + `weight` times the number of public rows since the last step). Public gradients are
+        exact, as within `public()`, and are added after the noise, so they change neither thresholds nor sensitivity;
+        only where `max_grad_norm` is a `PublicQuantile` do their norms set the threshold. Metrics are of private rows.
+
+        Args:
+            public_rows: bool `[B]`, True for a public row, or a slice of the batch. A mask on a device is waited for
+                once. Rows at one end of the batch, `slice(0, n)` or such a mask, are read in place, others copied.
+            weight: of a public row beside a private one, 0 or above; with 0 public rows only set thresholds.
+
+        With `unit="user"` the ids of `users` are those of the private rows. In secure mode the loss must be a sum. What
+        floating point leaves open elsewhere, it does here: a public gradient, and so a threshold, may differ in its
+        last bits where its batch is one row longer.
+
+        Raises:
+            PrivacyError: within `public()`; or, in backward(), the mask is of another number of rows.
+            TypeError, ValueError: names the argument that does not fit.
+
+        Source: Golatkar et al. 2022 (arXiv 2203.11481), the mixed step.
+        """
+        rows = PublicRows(public_rows, weight)
+        if self.is_public:
+            raise PrivacyError("mixed(): called within public(), where all rows are public and none is clipped")
+        outer, self.public_rows = self.public_rows, rows
+        try:
+            yield
+        finally:
+            self.public_rows = outer
 
     def users(self, ids: Any) -> AbstractContextManager[None]:
         """Backward passes inside are of rows whose users are `ids`: integers `[B]`, equal for rows of one user.
@@ -264,21 +332,43 @@ class DPEngine:
             loss.backward()
 
     @property
-    def max_grad_norm(self) -> float | Tensor | Mapping[str, float]:
+    def max_grad_norm(self) -> float | Tensor | Mapping[str, float] | PublicQuantile:
         """The threshold of the backward passes to come."""
         return self._max_grad_norm
 
     @max_grad_norm.setter
-    def max_grad_norm(self, value: float | Tensor | Mapping[str, float]) -> None:
+    def max_grad_norm(self, value: float | Tensor | Mapping[str, float] | PublicQuantile) -> None:
         bounded = self.noise_multiplier > 0 or self.clipping == "automatic"
-        self._max_grad_norm = checked(value, self.strategy, set(self.layers.values()), bounded)
+        sums: StepSums | None = vars(self).get("_sums")  # None within __init__
+        if sums is not None and sums.begun and (isinstance(value, PublicQuantile) or sums.adaptive is not None):
+            raise PrivacyError(
+                "max_grad_norm: was changed to or from a PublicQuantile between the backward passes of one step, whose "
+                "noise is for one kind of threshold; change it after the step, or call zero_grad() first"
+            )
+        self._max_grad_norm = (
+            value
+            if isinstance(value, PublicQuantile)
+            else checked(value, self.strategy, set(self.layers.values()), bounded)
+        )
+
+    @property
+    def thresholds(self) -> Tensor | dict[str, Tensor]:
+        """Those in use, scalars float64 on the device: of the whole gradient, or with "per_layer" of each trained layer
+        that has one. Where public rows set them they are free to publish.
+
+        Raises:
+            RuntimeError: no public row has set one yet.
+        """
+        return self._sums.thresholds
 
     # --- the step ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         with torch._C.DisableTorchFunctionSubclass():
-            check_parameters(self.model, optimizer, {id(p) for _, p in self._owned})
+            found = self.model.named_parameters()
+            at_rest = found if self.shards is None else ((name, self.shards.stepped(p)) for name, p in found)
+            check_parameters(at_rest, optimizer, {id(p) for _, p in self._stepped})
         if any(callable(x) for x in (*args, *kwargs.values())):
             raise PrivacyError(
                 "optimizer.step(closure): backward passes within a step have no noise; call step() alone"
@@ -286,10 +376,13 @@ class DPEngine:
         if torch._C._current_graph_task_id() != -1:
             raise PrivacyError("optimizer.step() within backward(): the sums are not complete; call it afterwards")
         with torch._C.DisableTorchFunctionSubclass():
-            trained = [(name, p) for name, p in self._owned if p.requires_grad]
+            if self._restoring:
+                check_restoring([p.grad for _, p in self._stepped], self._sums.totals)
+                return
+            trained = [(name, p) for name, p in self._stepped if p.requires_grad]
             check_grads(trained, self._known_grads)
             for (_, p), total in zip(trained, self._sums.release(trained), strict=True):
-                grad = total.to(p.dtype)
+                grad = total.to(p.dtype) if self.shards is None else self.shards.as_grad(p, total)
                 p.grad = grad if p.grad is None else p.grad.add_(grad)
         self._known_grads = {name for name, _ in trained}
         self._forget()
@@ -307,11 +400,13 @@ class DPEngine:
         """The optimizer's own, which also drops the sums of backward passes since the last step."""
         with torch._C.DisableTorchFunctionSubclass():
             self._zero_grad(set_to_none)
-            self._known_grads &= {name for name, p in self._owned if p.grad is not None}
+            self._known_grads &= {name for name, p in self._stepped if p.grad is not None}
         self._forget()
 
     def _grad_set(self, parameter: PrivateParameter) -> None:
         """Its `.grad` was assigned."""
+        if self.shards is not None:
+            return  # FSDP moves it to the shards
         if parameter.grad is None:
             self._sums.drop(parameter._dp_name)
             self._known_grads.discard(parameter._dp_name)
@@ -336,12 +431,36 @@ class DPEngine:
             raise RuntimeError("metrics(): no step was taken yet")
         return self._sums.metrics
 
+    def gather(self, x: Tensor) -> Tensor:
+        """Values `[n]` of public rows, of all ranks in their order, n any number on each; without ranks `x` itself.
+
+        So that thresholds from public norms are the same on all ranks. Every rank must call it.
+        """
+        return x if self.ranks is None else self.ranks.gather(x)
+
+    @contextmanager
+    def restoring(self) -> Iterator[None]:
+        """`get_state_dict` and `set_state_dict` of torch.distributed.checkpoint go inside.
+
+        They make an optimizer's state by a step on zero gradients, which then is no private step.
+
+        Raises:
+            PrivacyError: in the step, if a gradient is not zero, or a backward pass has been since the last step.
+        """
+        self._restoring = True
+        try:
+            yield
+        finally:
+            self._restoring = False
+
     def state_dict(self) -> dict[str, Any]:
         """Steps taken and settings; never the key of the noise: a resumed run draws a fresh one."""
         limit = self.max_grad_norm
+        adaptive = self._sums.adaptive
         return {
             "steps": self.steps,
-            "max_grad_norm": dict(limit) if isinstance(limit, Mapping) else limit,
+            "max_grad_norm": dict(limit) if isinstance(limit, Mapping) else None if adaptive else limit,
+            **({"public_quantile": adaptive.state()} if adaptive else {}),
             "noise_multiplier": self.noise_multiplier,
             "expected_batch_size": self.expected_batch_size,
         }
@@ -353,7 +472,10 @@ class DPEngine:
         kinds = self.strategy, self.clipping, self.loss_reduction
         check_settings(*kinds, noise_multiplier, expected_batch_size, self.loss_scale)
         self.noise_multiplier, self.expected_batch_size = noise_multiplier, expected_batch_size
-        self.max_grad_norm = state["max_grad_norm"]
+        adaptive = state.get("public_quantile")
+        self.max_grad_norm = PublicQuantile(**adaptive["rule"]) if adaptive else state["max_grad_norm"]
+        if adaptive:
+            self._sums.load_thresholds(adaptive)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 import torch
@@ -39,9 +39,28 @@ class Factors(Protocol):
     def grad_sample(self) -> list[Tensor]:
         """For each parameter the gradients themselves, `[B, *shape]`."""
 
+    def take(self, rows: slice | Tensor) -> Factors:
+        """Of some of the samples: views for a slice, copies for indices."""
+
+
+class Taken:
+    """Factors whose tensors are all `[B, *]`."""
+
+    def take(self, rows: slice | Tensor) -> Any:
+        taken = {x.name: _taken(getattr(self, x.name), rows) for x in fields(self)}  # type: ignore[arg-type]
+        return replace(self, **taken)  # type: ignore[type-var]
+
+
+def _taken(value: Any, rows: slice | Tensor) -> Any:
+    if isinstance(value, Tensor):
+        return value[rows if isinstance(rows, slice) else rows.to(value.device)]
+    if isinstance(value, list | tuple):
+        return [_taken(x, rows) for x in value]
+    return value.take(rows) if isinstance(value, Taken) else value
+
 
 @dataclass
-class PerSample:
+class PerSample(Taken):
     """Gradients that are there: `[B, *shape]` for each parameter."""
 
     grads: list[Tensor]
@@ -72,7 +91,7 @@ def _with_bias(weight: Tensor, bias: Tensor | None) -> list[Tensor]:
 
 
 @dataclass
-class LinearFactors:
+class LinearFactors(Taken):
     """Of a weight `[O, I]`, or `[I, O]` if `transposed`, and perhaps a bias `[O]`: activations, backprops."""
 
     activations: Tensor  # [B, *, I]
@@ -102,7 +121,7 @@ class LinearFactors:
 
 
 @dataclass
-class ConvFactors:
+class ConvFactors(Taken):
     """Of a convolution's weight and perhaps a bias `[O]`; `shape` as the ops take it."""
 
     activations: Tensor  # [B, I, *]
@@ -142,7 +161,7 @@ class ConvFactors:
 
 
 @dataclass
-class EmbeddingFactors:
+class EmbeddingFactors(Taken):
     """Of a weight `[V, D]`: ids, backprops."""
 
     indices: Tensor  # [B, *]
@@ -169,7 +188,7 @@ class EmbeddingFactors:
 
 
 @dataclass
-class ScaleShiftFactors:
+class ScaleShiftFactors(Taken):
     """Of a scale `[D]` of normalised activations and perhaps a shift `[D]`; `shape` is that of the parameters."""
 
     activations: Tensor  # [B, *, D]
@@ -194,7 +213,7 @@ class ScaleShiftFactors:
 
 
 @dataclass
-class StackedFactors:
+class StackedFactors(Taken):
     """Of parameters that are stacked along dimension 0 of slices, each of which is used by itself."""
 
     slices: Sequence[Factors]

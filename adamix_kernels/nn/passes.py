@@ -76,7 +76,8 @@ class Passes:
             loss.backward(retain_graph=True)
             self._expected = dict(self._received)
             if self._norm_sq is not None:
-                self.coef = self._engine._sums.coef(self._norm_sq, None)
+                sums = self._engine._sums
+                self.coef = sums.coef(sums.private_norms(self._norm_sq, None), None)
             loss.backward()
         finally:
             self.twice, self.coef = False, None
@@ -165,7 +166,9 @@ class Passes:
                 f"{names(parameters)}: {factors.samples} samples come to it but {now.samples} to parameters before; "
                 "dimension 0 of every input must be the batch"
             )
-        now.samples = factors.samples
+        if now.samples is None:
+            now.samples = factors.samples
+            self._engine._sums.take_split(now.samples)
         layer = now.layers.setdefault(parameters[0]._dp_name, self._engine.layers[parameters[0]._dp_name])
         if any(now.layers.setdefault(p._dp_name, layer) != layer for p in parameters):
             raise PrivacyError(
@@ -191,11 +194,14 @@ class Passes:
             return
         now.norms.append(_total([factors.norm_sq() for _, factors in parts]))
         if self.coef is not None:
-            self._sum(parts, engine._sums.released(self.coef))
+            self._take_public(parts, None)
+            self._sum(parts, engine._sums.released(self.coef), None)
 
     def _clip(self, parts: list[Record], layer: str | None) -> Tensor:
-        """Sum gradients, clipped as one by the threshold of a layer or the whole; their squared norms `[B]`."""
+        """Sum gradients, clipped as one by the threshold of a layer or the whole; the squared norms `[B]` of private
+        rows."""
         sums = self._engine._sums
+        self._take_public(parts, layer)
         if sums.users is not None:
             parts = sums.users.summed(parts)
         if sums.grid is not None:
@@ -208,13 +214,29 @@ class Passes:
             parameters, conv = joined
             total, clipped = conv.norm_clip_sum(norm_sq, sums.limit(conv.samples, layer))
             for parameter, clipped_sum in zip(parameters, clipped, strict=True):
-                sums.add(parameter, clipped_sum.div_(sums.divided(conv.samples)))
+                sums.add(parameter, clipped_sum.div_(sums.divided(conv.samples)), layer)
             del joined, conv
         if parts:
             coef = sums.released(sums.coef(total, layer))
         while parts:  # each is freed when it is summed
-            self._sum([parts.pop()], coef)
+            self._sum([parts.pop()], coef, layer)
         return total
+
+    def _take_public(self, parts: list[Record], layer: str | None) -> None:
+        """Of a mixed batch: the public rows set the threshold where it is due, and are summed; `parts` lose them."""
+        sums = self._engine._sums
+        split = sums.split
+        if split is None:
+            return
+        public = [factors.take(split.public) for _, factors in parts]
+        if sums.wants_norms(layer):
+            sums.set_threshold(_total([factors.norm_sq() for factors in public]), layer)
+        for i, (parameters, factors) in enumerate(parts):
+            if split.count and split.weight:
+                exact = public[i].clip_sum(sums.public_coef(parameters[0]))
+                for parameter, total in zip(parameters, exact, strict=True):
+                    sums.add_public(parameter._dp_name, total)
+            parts[i] = parameters, factors.take(split.private)
 
     def _take_last(self, parts: list[Record]) -> tuple[tuple[PrivateParameter, ...], ConvFactors] | None:
         """The costliest convolution: with the norms of all else its own and its sum are made in one pass."""
@@ -225,10 +247,10 @@ class Passes:
         assert isinstance(conv, ConvFactors)
         return parameters, conv
 
-    def _sum(self, parts: Sequence[Record], coef: Tensor) -> None:
+    def _sum(self, parts: Sequence[Record], coef: Tensor, layer: str | None) -> None:
         for parameters, factors in parts:
             for parameter, total in zip(parameters, factors.clip_sum(coef), strict=True):
-                self._engine._sums.add(parameter, total)
+                self._engine._sums.add(parameter, total, layer)
 
     def _end(self, task: int) -> None:
         if self._now is None or self._now.task == task:  # else one on another thread has begun since
@@ -253,8 +275,11 @@ class Passes:
                     self._norm_sq = norm_sq
                 else:
                     self._check_repeats(norm_sq)
-            if self._norm_sq is not None and (self.coef is not None or (now.norms and not self.twice)):
-                self._engine._sums.end_pass(self._norm_sq)
+            sums = self._engine._sums
+            if self._norm_sq is not None and self.coef is not None:
+                sums.end_pass(sums.private_norms(self._norm_sq, None))
+            elif self._norm_sq is not None and now.norms and not self.twice:
+                sums.end_pass(self._norm_sq)
 
     def _check_repeats(self, norm_sq: Tensor) -> None:
         """The norms of the first of two backward passes must bound the gradients of the second."""

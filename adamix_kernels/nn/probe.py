@@ -28,6 +28,8 @@ def tell_apart(engine: DPEngine, module: nn.Module, args: Any, kwargs: Any) -> N
     rules, samples = engine._rules, engine.batch_size or 0
     doubtful = rules.doubtful - rules.told
     rules.doubtful = set()
+    if engine.shards is not None and engine.shards.any(bool(doubtful)) and not doubtful:
+        _join(engine, module, args, kwargs)
     if not doubtful:
         return
 
@@ -56,20 +58,27 @@ def tell_apart(engine: DPEngine, module: nn.Module, args: Any, kwargs: Any) -> N
         ) from cause
 
 
+def _join(engine: DPEngine, module: nn.Module, args: Any, kwargs: Any) -> None:
+    """Another rank runs it again: its layers are gathered from this one too."""
+    with _undone(engine, module, probing=False), torch.no_grad():
+        module.forward(*args, **kwargs)
+
+
 def _lost(_: Any) -> Tensor:
     raise RuntimeError("a forward pass that only tells the batch apart keeps nothing for a backward pass")
 
 
 @contextmanager
-def _undone(engine: DPEngine, module: nn.Module) -> Iterator[None]:
+def _undone(engine: DPEngine, module: nn.Module, probing: bool = True) -> Iterator[None]:
     """A forward pass that leaves nothing behind: no expected gradients, buffers and random numbers as before."""
     rules, passes = engine._rules, engine._passes
     size, storages = engine.batch_size, engine.input_storages
     expected = dict(passes._expected)
     buffers = [(b, b._version, b.clone()) for b in module.buffers()]
     devices = {p.device.index for p in module.parameters() if p.device.type == "cuda"}
-    rules.probing = True
-    parameter.probing.add(id(engine))
+    rules.probing = probing
+    if probing:
+        parameter.probing.add(id(engine))
     try:
         with torch.random.fork_rng([d for d in devices if d is not None]):
             yield

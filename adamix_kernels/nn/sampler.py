@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import Sampler, default_collate
 
-from adamix_kernels.ops.noise import Noise
+from adamix_kernels.ops.noise import Noise, coin_rate
 
 
 class SamplingEvent(NamedTuple):
@@ -40,6 +40,10 @@ class PoissonSampler(Sampler[list[int]]):
             differs, `event` says so.
         noise: source of the draws; None takes a key of the operating system. Whoever knows the draws knows who took
             part, and there is no amplification by sampling.
+        rank, world_size: of a job whose ranks train one model. Sample i belongs to rank i % world_size, which alone
+            draws it, from its own samples; the batches of all ranks together are one Poisson batch, and as many on
+            each. `num_samples`, `expected_batch_size` and `event` are those of the whole. With equal keys on all ranks
+            the samples are those that one process draws. `max_batch_size` would be of each rank and is refused.
     """
 
     def __init__(
@@ -50,6 +54,8 @@ class PoissonSampler(Sampler[list[int]]):
         steps: int | None = None,
         max_batch_size: int | None = None,
         noise: Noise | None = None,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         for name, count in (("num_samples", num_samples), ("steps", steps), ("max_batch_size", max_batch_size)):
             if count is None and name != "num_samples":
@@ -64,6 +70,14 @@ class PoissonSampler(Sampler[list[int]]):
             raise ValueError(f"sample_rate: is {sample_rate}; pass a number above 0, at most 1")
         if noise is not None and not isinstance(noise, Noise):
             raise TypeError(f"noise: is {type(noise).__name__}; pass adamix_kernels.Noise()")
+        for name, count in (("rank", rank), ("world_size", world_size)):
+            if not isinstance(count, int) or isinstance(count, bool):
+                raise TypeError(f"{name}: is {type(count).__name__}; pass an int")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank: is {rank} of world_size {world_size}; pass a rank from 0 to world_size - 1")
+        if max_batch_size is not None and world_size > 1:
+            raise ValueError("max_batch_size: is not supported over several ranks, whose batches are one; pass None")
+        self.rank, self.world_size = rank, world_size
         self.num_samples, self.sample_rate, self.max_batch_size = num_samples, float(sample_rate), max_batch_size
         self.steps = math.ceil(1 / sample_rate) if steps is None else steps
         self._noise = Noise() if noise is None else noise
@@ -86,9 +100,10 @@ class PoissonSampler(Sampler[list[int]]):
             yield self.draw()
 
     def draw(self) -> list[int]:
-        """The next batch. A uniform is a multiple of 2^-53, so the rate is rounded down to one."""
-        rate = math.floor(self.sample_rate * 2.0**53) * 2.0**-53
+        """The next batch."""
+        rate = coin_rate(self.sample_rate)
         taken = (self._noise.uniform(self.num_samples) < rate).nonzero().flatten()
+        taken = taken[taken % self.world_size == self.rank]  # also of equal keys: ranks must not share their coins
         if self.max_batch_size is not None and len(taken) > self.max_batch_size:
             kept = self._noise.uniform(len(taken)).argsort()[: self.max_batch_size]
             taken = taken[kept].sort().values

@@ -45,6 +45,11 @@ class Users:
         self._seen |= set(self._ids.tolist())
         return norm_sq[owners.unique().to(norm_sq.device)]
 
+    @property
+    def seen(self) -> set[int]:
+        """Users of passes since the last step."""
+        return self._seen
+
     def forget(self) -> None:
         self._seen.clear()
 

@@ -46,6 +46,10 @@ def validate(engine: DPEngine, batch: Any, loss: Loss | None = None) -> Report:
     Raises:
         PrivacyError: names the parameter whose norms or sums differ by more than rounding.
     """
+    if engine.shards is not None:
+        raise PrivacyError(
+            "validate(): a sharded model is not run one sample at a time; validate it before fully_shard()"
+        )
     batch = tree_map(
         lambda x: x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x, _plain(batch)
     )
@@ -191,9 +195,10 @@ _REMEDY = (
 @contextmanager
 def _undisturbed(engine: DPEngine) -> Iterator[list[str]]:
     """What a forward or backward pass changes is put back. Yields notes for the report."""
-    kept = ("_passes", "_forwards", "batch_size", "forward_number", "input_storages")
+    kept = ("_passes", "_forwards", "batch_size", "forward_number", "input_storages", "public_rows", "_max_grad_norm")
     values = {name: getattr(engine, name) for name in kept}
-    staged, threshold = dict(engine._sums.staged), engine._sums.threshold
+    sums = engine._sums
+    staged, threshold, adaptive = dict(sums.staged), sums.threshold, sums.adaptive
     buffers = [(buffer, buffer.clone()) for buffer in engine.model.buffers()]
     devices = {p.device.index for _, p in engine._owned if p.device.type == "cuda"}
     notes: list[str] = []
@@ -206,6 +211,10 @@ def _undisturbed(engine: DPEngine) -> Iterator[list[str]]:
             setattr(module, key, 0.0)  # not eval(): attention reads the rate of its dropout module
     if changed:
         notes.append(f"dropout was off: {len(changed)} modules; its masks cannot be the same for a sample alone")
+    engine.public_rows = None
+    if adaptive is not None:
+        engine._max_grad_norm = 1.0
+        notes.append("public rows are to set the threshold: here it was 1")
     try:
         with torch.random.fork_rng([index for index in devices if index is not None]):
             yield notes
@@ -217,8 +226,8 @@ def _undisturbed(engine: DPEngine) -> Iterator[list[str]]:
                 buffer.copy_(saved)
         for name, value in values.items():
             setattr(engine, name, value)
-        engine._sums.staged.update(staged)
-        engine._sums.threshold = threshold
+        sums.staged.update(staged)
+        sums.threshold, sums.adaptive = threshold, adaptive
 
 
 def _plain(batch: Any) -> Any:

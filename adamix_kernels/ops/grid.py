@@ -33,7 +33,7 @@ from torch import Generator, Tensor
 from adamix_kernels.ops._cases import grad_cases, rand
 from adamix_kernels.ops._numerics import as_list, check_number, rows
 from adamix_kernels.ops.clip import clip_coef
-from adamix_kernels.ops.noise import Noise
+from adamix_kernels.ops.noise import Noise, check_offsets, places
 from adamix_kernels.ops.norm import grad_norm_sq
 from adamix_kernels.spec import Case, Cost, Out, define_op
 
@@ -95,8 +95,11 @@ def _check_sum(grad_sample: Tensor | Sequence[Tensor], max_grad_norm: float, gri
         raise ValueError(f"grad_sample has {count} rows; pass at most 2^36, whose sum cannot overflow")
 
 
-def _check_release(sums: Tensor | Sequence[Tensor], std: float, grid: float, noise: Noise | None) -> None:
+def _check_release(
+    sums: Tensor | Sequence[Tensor], std: float, grid: float, noise: Noise | None, offsets: Sequence[int] | None
+) -> None:
     _check_grid(grid)
+    check_offsets(as_list(sums), offsets)
     for part in as_list(sums):
         if part.dtype != torch.int64:
             raise TypeError(f"sums has dtype {part.dtype}; pass int64, as grid_clip_sum gives them")
@@ -205,25 +208,33 @@ def _whole_sum(block: Tensor, factors: Tensor, largest: int) -> Tensor:
     return _whole(block, factors, largest)[0].sum(0)
 
 
-def _release_oracle(sums: Tensor | Sequence[Tensor], std: float, grid: float, noise: Noise | None) -> list[Tensor]:
-    released, offset = [], 0
+def _release_oracle(
+    sums: Tensor | Sequence[Tensor],
+    std: float,
+    grid: float,
+    noise: Noise | None,
+    offsets: Sequence[int] | None = None,
+) -> list[Tensor]:
+    released = []
     draw = noise.next_draw() if std and noise is not None else 0
-    for part in as_list(sums):
+    for part, offset in zip(as_list(sums), places(as_list(sums), offsets), strict=True):
         values = part.flatten().tolist()
         if std and noise is not None:
             z = [float(noise.normal(draw, offset + i, 1)) for i in range(len(values))]
             values = [s + round(x * (std / grid)) for s, x in zip(values, z, strict=True)]
         released.append(torch.tensor([v * grid for v in values], dtype=torch.float64).reshape(part.shape))
-        offset += part.numel()
     return released
 
 
 def _release_cases() -> list[Case]:
-    def case(name: str, *shapes: tuple[int, ...], std: float = 0.7, most: int = 2**40) -> Case:
+    def case(
+        name: str, *shapes: tuple[int, ...], std: float = 0.7, most: int = 2**40, offsets: list[int] | None = None
+    ) -> Case:
         def build(g: Generator) -> dict[str, Any]:
             sums = [torch.randint(-most, most, shape, generator=g) for shape in shapes]
             noise = Noise._with_key(bytes(range(32)), "secure") if std else None
-            return {"sums": sums if len(sums) > 1 else sums[0], "std": std, "grid": 2.0**-24, "noise": noise}
+            given = sums if len(sums) > 1 else sums[0]
+            return {"sums": given, "std": std, "grid": 2.0**-24, "noise": noise, "offsets": offsets}
 
         return Case(name, build)
 
@@ -234,6 +245,7 @@ def _release_cases() -> list[Case]:
         case("odd list", (3,), (0,), (2, 5), (1,), (7,)),
         case("no noise", (2, 3), std=0.0),
         case("coarse noise", (90,), std=2.0**-24, most=3),
+        case("parts of a draw", (3, 7), (0,), (5,), (70,), offsets=[129, 7, 3, 2**33 + 1]),
     ]
 
 
@@ -245,7 +257,13 @@ def _release_cases() -> list[Case]:
     cost=lambda sums, **_: Cost(12 * sum(t.numel() for t in as_list(sums)), 0),
     validate=_check_release,
 )
-def grid_release(sums: Tensor | Sequence[Tensor], std: float, grid: float, noise: Noise | None = None) -> Any:
+def grid_release(
+    sums: Tensor | Sequence[Tensor],
+    std: float,
+    grid: float,
+    noise: Noise | None = None,
+    offsets: Sequence[int] | None = None,
+) -> Any:
     """Integer sums with Gaussian noise that is rounded to the same grid, as floats.
 
     Args:
@@ -253,6 +271,7 @@ def grid_release(sums: Tensor | Sequence[Tensor], std: float, grid: float, noise
         std: standard deviation of the noise before it is rounded, below 2^30 grids; 0 adds none.
         grid: that of the sums, a power of two.
         noise: its source, of mode "secure" for a release; one draw of it is spent. Needed unless `std` is 0.
+        offsets: where in the draw each tensor begins, as in `add_gaussian_noise_`; None is one behind the other.
 
     Returns:
         float32, shaped as `sums`: `(sums + round(Z / grid)) * grid`, a multiple of `grid`. A whole number of more than
@@ -263,12 +282,11 @@ def grid_release(sums: Tensor | Sequence[Tensor], std: float, grid: float, noise
 
     Source: the head of this module.
     """
-    draw, offset, released = noise.next_draw() if std and noise is not None else None, 0, []
-    for part in as_list(sums):
+    draw, released = noise.next_draw() if std and noise is not None else None, []
+    for part, offset in zip(as_list(sums), places(as_list(sums), offsets), strict=True):
         whole = part
         if draw is not None and noise is not None:
             z = noise.normal(draw, offset, part.numel(), part.device).view(part.shape)
             whole = part + (z * (std / grid)).round().long()
         released.append(whole.float() * grid)
-        offset += part.numel()
     return released[0] if isinstance(sums, Tensor) else released

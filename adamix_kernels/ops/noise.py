@@ -7,10 +7,12 @@ words 4(e // 2) .. 4(e // 2) + 3 of the stream (key, draw), by Box-Muller with 5
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import os
 import threading
 import warnings
+from collections.abc import Sequence
 from typing import Any, ClassVar, NoReturn
 
 import torch
@@ -73,6 +75,13 @@ class Noise:
         source._start(key, mode)
         return source
 
+    @classmethod
+    def _at(cls, words: Sequence[int], mode: str, draws: int) -> Noise:
+        """The source of another process of the same job, which draws other parts of the same draws."""
+        source = cls._with_key(bytes(32), mode)
+        source._key, source._draws = list(words), draws
+        return source
+
     def _start(self, key: bytes, mode: str) -> None:
         words = [int.from_bytes(key[i : i + 4], "little") for i in range(0, 32, 4)]
         self.mode = mode
@@ -126,27 +135,39 @@ if hasattr(os, "register_at_fork"):  # not on Windows, where nothing forks
     os.register_at_fork(after_in_child=Noise._count_fork)
 
 
+def coin_rate(rate: float) -> float:
+    """A probability rounded down to a multiple of 2^-53: `Noise.uniform` is below it that often, and not oftener."""
+    return math.floor(rate * 2.0**53) * 2.0**-53
+
+
 def _uniform_bits(high: Tensor, low: Tensor) -> Tensor:
     """53 random bits of two 32-bit words."""
     return ((high >> 5) << 26) | (low >> 6)
 
 
-def _oracle(tensor: Any, std: float | Tensor, noise: Noise) -> Any:
-    draw, offset = noise.next_draw(), 0
-    for part in as_list(tensor):
+def _oracle(tensor: Any, std: float | Tensor, noise: Noise, offsets: Sequence[int] | None = None) -> Any:
+    draw = noise.next_draw()
+    for part, offset in zip(as_list(tensor), places(as_list(tensor), offsets), strict=True):
         for i in range(part.numel()):
             z = noise.normal(draw, offset + i, 1)
             part.view(-1)[i] += float(std) * float(z)
-        offset += part.numel()
     return tensor
 
 
 def _cases() -> list[Case]:
-    def case(name: str, *shapes: tuple[int, ...], std: Any = 0.7, secure: bool = False, strided: bool = False) -> Case:
+    def case(
+        name: str,
+        *shapes: tuple[int, ...],
+        std: Any = 0.7,
+        secure: bool = False,
+        strided: bool = False,
+        offsets: list[int] | None = None,
+    ) -> Case:
         def build(g: torch.Generator) -> dict[str, Any]:
             tensors = [randn(g, *shape) for shape in shapes]
             noise = Noise._with_key(bytes(range(32)), "secure") if secure else Noise(seed=5)
-            return {"tensor": tensors if len(tensors) > 1 else tensors[0], "std": std, "noise": noise}
+            tensor = tensors if len(tensors) > 1 else tensors[0]
+            return {"tensor": tensor, "std": std, "noise": noise, "offsets": offsets}
 
         return Case(name, build, strided)
 
@@ -158,7 +179,35 @@ def _cases() -> list[Case]:
         case("odd list", (3,), (0,), (2, 5), (1,), (7,)),
         case("std tensor", (9,), std=torch.tensor(1.5, dtype=torch.float64)),
         case("strided", (4, 6), strided=True),
+        case("parts of a draw", (3, 7), (0,), (5,), (70,), offsets=[129, 7, 3, 2**33 + 1]),
+        case("secure parts", (3, 7), (21,), secure=True, offsets=[21, 0]),
     ]
+
+
+def places(parts: Sequence[Tensor], offsets: Sequence[int] | None) -> list[int]:
+    """Where in the draw each part of a list begins: one behind the other unless `offsets` says otherwise."""
+    sizes = [part.numel() for part in parts]
+    return [0, *itertools.accumulate(sizes)][: len(sizes)] if offsets is None else list(offsets)
+
+
+def check_offsets(parts: Sequence[Tensor], offsets: Sequence[int] | None) -> None:
+    """No number of a draw may be used twice: the difference of both sums would have no noise."""
+    if offsets is None:
+        return
+    if not isinstance(offsets, list | tuple) or not all(type(at) is int for at in offsets):
+        raise TypeError(f"offsets is {offsets!r}; pass a list of int, one for each tensor")
+    if len(offsets) != len(parts) or min(offsets, default=0) < 0:
+        raise ValueError(f"offsets is {list(offsets)}; pass {len(parts)} numbers >= 0, one for each tensor")
+    taken = sorted((at, at + part.numel()) for at, part in zip(offsets, parts, strict=True) if part.numel())
+    if any(end > start for (_, end), (start, _) in itertools.pairwise(taken)):
+        raise ValueError(f"offsets is {list(offsets)}: tensors would get the same noise; let their ranges not overlap")
+    if taken and taken[-1][1] > 2**62:
+        raise ValueError(f"offsets is {list(offsets)}; a draw has 2^62 numbers")
+
+
+def _check(tensor: Any, std: float | Tensor, noise: Noise | None, offsets: Sequence[int] | None) -> None:
+    check_noise(tensor, std, noise)
+    check_offsets(as_list(tensor), offsets)
 
 
 def check_noise(tensor: Any, std: float | Tensor, noise: Noise | None) -> None:
@@ -178,22 +227,28 @@ def check_noise(tensor: Any, std: float | Tensor, noise: Noise | None) -> None:
     oracle=_oracle,
     cases=_cases,
     cost=lambda tensor, **_: Cost(2 * sum(t.numel() * t.element_size() for t in as_list(tensor)), 0),
-    validate=check_noise,
+    validate=_check,
 )
-def add_gaussian_noise_(tensor: Any, std: float | Tensor, noise: Noise) -> Any:
+def add_gaussian_noise_(tensor: Any, std: float | Tensor, noise: Noise, offsets: Sequence[int] | None = None) -> Any:
     """Add independent N(0, std^2) to every element, in place.
 
     Args:
         tensor: a tensor of any shape, or a list of them; a list is one vector, its parts at consecutive offsets.
         std: standard deviation, a number or a scalar tensor on the same device (it is not read on the host).
         noise: the source; one draw of it is spent.
+        offsets: where in the draw each tensor begins, a number each; None is one behind the other. So processes that
+            share a key, and hold parts of one vector, add to each part what one process would.
 
     Returns:
         `tensor`.
+
+    Raises:
+        TypeError, ValueError: `offsets` are no numbers >= 0, one for each tensor, or let two tensors overlap, which
+            would get the same noise.
     """
-    draw, offset = noise.next_draw(), 0
+    draw = noise.next_draw()
     scale = std.detach().clone() if isinstance(std, Tensor) else float(std)  # it may be an element of what is written
-    for part in as_list(tensor):
+    for part, offset in zip(as_list(tensor), places(as_list(tensor), offsets), strict=True):
         flat = part.reshape(-1)  # a view or, of a strided tensor, a copy
         for start in range(0, flat.numel(), _CHUNK):
             block = flat[start : start + _CHUNK]
@@ -201,5 +256,4 @@ def add_gaussian_noise_(tensor: Any, std: float | Tensor, noise: Noise) -> Any:
             block.copy_(block.double() + z * scale)
         if flat.data_ptr() != part.data_ptr() or not part.is_contiguous():
             part.copy_(flat.view_as(part))
-        offset += part.numel()
     return tensor

@@ -94,7 +94,7 @@ _attach(
 _attach(
     add_gaussian_noise_,
     "noise",
-    lambda tensor, std, noise: not_writable(tensor) or _refused(*as_list(tensor), std) or overlap(tensor),
+    lambda tensor, std, **_: not_writable(tensor) or _refused(*as_list(tensor), std) or overlap(tensor),
 )
 _attach(norm_quantile, "quantile", lambda **given: _refused(*given.values()))
 _LAYERS: list[tuple[str, tuple[Any, Any]]] = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ def add_noise(
         _add(address, count, first, z, DTYPE, WIDTH, False)
 
 
-def add_gaussian_noise_(tensor: Any, std: float | Tensor, noise: Noise) -> Any:
+def add_gaussian_noise_(tensor: Any, std: float | Tensor, noise: Noise, offsets: Sequence[int] | None = None) -> Any:
     parts = as_list(tensor)
     device = parts[0].device
     words, unit = draw(noise, device)
@@ -63,7 +64,8 @@ def add_gaussian_noise_(tensor: Any, std: float | Tensor, noise: Noise) -> Any:
     factor, number = scaled(1.0, std)
     sizes = config(device)
     with on(device), torch.no_grad():
-        for group in groups([part.view(1, part.numel()) for part in written], sizes.noise_width, unit):
+        flat = [part.view(1, part.numel()) for part in written]
+        for group in groups(flat, sizes.noise_width, unit, offsets):
             if len(group.blocks):
                 add_noise[(len(group.blocks),)](
                     group.table, group.blocks, factor, *number, *words,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import math
 import multiprocessing
 import os
@@ -16,7 +17,7 @@ import pytest
 import torch
 from scipy import stats
 
-from adamix_kernels import Noise, add_gaussian_noise_, use_backend
+from adamix_kernels import Noise, add_gaussian_noise_, grid_release, use_backend
 from adamix_kernels.ops import noise as noise_module
 from adamix_kernels.ops._streams import chacha20_block, philox_block
 
@@ -267,3 +268,39 @@ def test_a_forked_noise_refuses(reuse: bool, monkeypatch: pytest.MonkeyPatch) ->
 def test_bad_arguments(arguments: dict[str, object], message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         Noise(**arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mode", ["fast", "secure"])
+@pytest.mark.parametrize("backend", [b for b in ("torch", "cpp") if add_gaussian_noise_.why_not(b) is None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_parts_at_offsets_are_those_of_the_whole_bit_for_bit(mode: str, backend: str, dtype: torch.dtype) -> None:
+    """Wherever a vector is cut, and in whatever order its parts are handed over."""
+    key = bytes(range(32))
+    with use_backend(backend):
+        whole = add_gaussian_noise_(torch.ones(1000, dtype=dtype), 0.3, Noise._with_key(key, mode))
+        for cuts in ([0, 1, 2, 9, 100, 101, 1000], [0, 333, 333, 334, 1000]):
+            pairs = list(itertools.pairwise(cuts))[::-1]
+            parts = [torch.ones(b - a, dtype=dtype) for a, b in pairs]
+            add_gaussian_noise_(parts, 0.3, Noise._with_key(key, mode), [a for a, _ in pairs])
+            assert torch.equal(torch.cat(parts[::-1]), whole)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "error", "message"),
+    [
+        ([0, 2], ValueError, "tensors would get the same noise"),
+        ([1, 0], ValueError, "tensors would get the same noise"),
+        ([0], ValueError, "pass 2 numbers >= 0"),
+        ([-1, 5], ValueError, "pass 2 numbers >= 0"),
+        ([0, 2**62], ValueError, "a draw has 2"),
+        ([0, 3.0], TypeError, "pass a list of int"),
+        (7, TypeError, "pass a list of int"),
+    ],
+)
+def test_offsets_that_do_not_fit(offsets: object, error: type[Exception], message: str) -> None:
+    noise = Noise(seed=1)
+    with pytest.raises(error, match=message):
+        add_gaussian_noise_([torch.zeros(3), torch.zeros(2, 2)], 1.0, noise, offsets)
+    with pytest.raises(error, match=message):
+        grid_release([torch.zeros(3).long(), torch.zeros(2, 2).long()], 1.0, 2.0**-20, noise, offsets)
+    assert noise._draws == 0

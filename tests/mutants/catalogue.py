@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from catalogue_distributed import DISTRIBUTED_MUTANTS
 from catalogue_flow import FLOW_MUTANTS, USER_MUTANTS
 from catalogue_ledger import LEDGER_MUTANTS
+from catalogue_mixed import MIXED_MUTANTS
 from catalogue_plan import PLAN_MUTANTS
 from catalogue_resume import RESUME_MUTANTS
 from catalogue_secure import SECURE_MUTANTS
+from catalogue_trainer import DEEP_TRAINER_MUTANTS
 from mutant import Mutant
 
 ENGINE = "adamix_kernels/nn/engine.py"
@@ -69,31 +72,38 @@ NOISE_MUTANTS = [
     Mutant(
         "no noise where no backward pass was",
         SUMS,
-        "if engine.noise_multiplier and sums:",
-        "if engine.noise_multiplier and self.totals:",
+        "elif engine.noise_multiplier and parts:",
+        "elif engine.noise_multiplier and self.totals:",
         (f"{STEPS}::test_noise_of_a_step_has_its_standard_deviation",),
     ),
     Mutant(
         "an empty batch is skipped",
         SUMS,
-        "        if engine.noise_multiplier and sums:",
-        "        if engine.noise_multiplier and any(float(s.abs().sum()) for s in sums):",
+        "elif engine.noise_multiplier and parts:",
+        "elif engine.noise_multiplier and any(float(s.abs().sum()) for s in sums):",
         (AUDIT_CHECKS,),
     ),
     Mutant(
         "parameters that were not used get no noise",
         ENGINE,
-        "trained = [(name, p) for name, p in self._owned if p.requires_grad]",
+        "trained = [(name, p) for name, p in self._stepped if p.requires_grad]",
         "used = self._sums.totals\n"
-        "            trained = [(n, p) for n, p in self._owned if p.requires_grad and (n in used or not used)]",
+        "            trained = [(n, p) for n, p in self._stepped if p.requires_grad and (n in used or not used)]",
         (f"{STEPS}::test_noise_reaches_unused_parameters_and_never_repeats",),
     ),
     Mutant("same noise in each step", NOISE, "self._draws += 1", "self._draws = 1", (AUDIT_CHECKS,)),
     Mutant(
+        "noise comes again after seven draws",
+        NOISE,
+        "            return self._draws - 1\n",
+        "            return (self._draws - 1) % 7\n",
+        (AUDIT_CHECKS,),
+    ),
+    Mutant(
         "same noise in each parameter",
         NATIVE,
-        "            offset += part.numel()\n        add()\n",
-        "        add()\n",
+        "waiting.append((flat.data_ptr(), dtype_of(flat.dtype), flat.numel(), offset))",
+        "waiting.append((flat.data_ptr(), dtype_of(flat.dtype), flat.numel(), 0))",
         (AUDIT_CHECKS,),
     ),
     Mutant(
@@ -287,8 +297,8 @@ LOOP_MUTANTS = [
     Mutant(
         "sums of a failed backward pass are kept",
         SUMS,
-        "        self.staged.clear()\n        if not self.totals:",
-        "        if not self.totals:",
+        "        self.staged.clear()\n        if self._engine.shards is not None:",
+        "        if self._engine.shards is not None:",
         (f"{STEPS}::test_a_failed_backward_pass_leaves_nothing",),
     ),
     Mutant(
@@ -355,6 +365,20 @@ LOOP_MUTANTS = [
         (AUDIT_CHECKS, "tests/nn/test_sampler.py"),
     ),
     Mutant(
+        "rates are rounded up",
+        NOISE,
+        "return math.floor(rate * 2.0**53)",
+        "return math.ceil(rate * 2.0**53)",
+        (f"{MECHANISM_TESTS}::test_a_rate_is_rounded_down_to_what_coins_can_show",),
+    ),
+    Mutant(
+        "the trainer's rate is not rounded down",
+        MECHANISM,
+        "        sample_rate = coin_rate(sample_rate)\n",
+        "",
+        (f"{MECHANISM_TESTS}::test_a_rate_is_rounded_down_to_what_coins_can_show",),
+    ),
+    Mutant(
         "one step more than is accounted for",
         PHASE,
         "for number in range(finished + 1, (config.steps if last is None else last) + 1):",
@@ -395,22 +419,22 @@ ACCOUNTING_MUTANTS = [
     Mutant(
         "accountant off by a factor: steps are not composed",
         PRIVACY,
-        "sigma = noise_multiplier / math.sqrt(steps)",
-        "sigma = noise_multiplier",
+        "full = _spent_on_full_batches(noise_multiplier / math.sqrt(steps), delta)",
+        "full = _spent_on_full_batches(noise_multiplier, delta)",
         (f"{PRIVACY_TESTS}::test_full_batch_is_exactly_gaussian",),
     ),
     Mutant(
         "Poisson steps counted by half",
         PRIVACY,
-        "SelfComposedDpEvent(step, steps)",
-        "SelfComposedDpEvent(step, max(1, steps // 2))",
+        "SelfComposedDpEvent(event, count)",
+        "SelfComposedDpEvent(event, max(1, count // 2))",
         (f"{PRIVACY_TESTS}::test_events_of_a_sampler_cost_what_dp_accounting_says", PRIVACY_TESTS),
     ),
     Mutant(
         "epsilon of Poisson batches at ten times delta",
         PRIVACY,
-        "return min(full, float(accountant.get_epsilon(delta)))",
-        "return min(full, float(accountant.get_epsilon(10 * delta)))",
+        "return min(bound, float(accountant.get_epsilon(sure)))",
+        "return min(bound, float(accountant.get_epsilon(10 * sure)))",
         (f"{PRIVACY_TESTS}::test_events_of_a_sampler_cost_what_dp_accounting_says", PRIVACY_TESTS),
     ),
     Mutant(
@@ -419,6 +443,20 @@ ACCOUNTING_MUTANTS = [
         "get_epsilon_gaussian(sigma, delta)",
         "get_epsilon_gaussian(sigma, 10 * delta)",
         (f"{PRIVACY_TESTS}::test_full_batch_is_exactly_gaussian",),
+    ),
+    Mutant(
+        "what transforms hide of a small delta is not taken off",
+        PRIVACY,
+        "sure = delta - _HIDDEN * sum(count for _, count in parts)",
+        "sure = delta",
+        ("tests/trainer/test_accounting.py::test_rounding_of_the_transforms_hides_nothing_of_a_small_delta",),
+    ),
+    Mutant(
+        "epsilon of several runs is below the truth by a rounding",
+        PRIVACY,
+        "bound = _spent_on_full_batches(1 / _mu(runs), delta)",
+        "bound = float(dp_accounting.get_epsilon_gaussian(1 / _mu(runs), delta))",
+        ("tests/trainer/test_accounting.py::test_full_batches_of_several_runs_cost_what_the_closed_form_says",),
     ),
     Mutant(
         "truncated batches accounted as Poisson ones",
@@ -442,9 +480,12 @@ MUTANTS = [
     *LOOP_MUTANTS,
     *ACCOUNTING_MUTANTS,
     *LEDGER_MUTANTS,
+    *MIXED_MUTANTS,
     *RESUME_MUTANTS,
     *SECURE_MUTANTS,
     *USER_MUTANTS,
     *FLOW_MUTANTS,
+    *DEEP_TRAINER_MUTANTS,
+    *DISTRIBUTED_MUTANTS,
     *PLAN_MUTANTS,
 ]

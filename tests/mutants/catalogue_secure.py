@@ -21,6 +21,20 @@ _KEY = "key = os.urandom(32) if seed is None else hashlib.blake2b(str(seed).enco
 
 SECURE_MUTANTS = [
     Mutant(
+        "layers on the grid are together above the threshold by a rounding",
+        GRID_SUMS,
+        "            limit *= 1 - 2.0**-50",
+        "            limit *= 1",
+        (f"{SECURE_TESTS}::test_layers_together_are_not_above_the_threshold_by_a_rounding",),
+    ),
+    Mutant(
+        "more rows than a sum on the grid holds",
+        GRID_SUMS,
+        "if self._rows > MOST_ROWS:",
+        "if False:",
+        (f"{SECURE_TESTS}::test_more_rows_than_a_sum_holds_are_refused",),
+    ),
+    Mutant(
         "whole numbers are rounded to nearest",
         GRID,
         _WHOLE,
@@ -93,8 +107,8 @@ SECURE_MUTANTS = [
     Mutant(
         "secure noise without the threshold",
         GRID_SUMS,
-        "grid_release(sums, limit * engine.noise_multiplier, grid, engine.noise)",
-        "grid_release(sums, engine.noise_multiplier, grid, engine.noise)",
+        "grid_release(sums, limit * engine.noise_multiplier, grid, engine.noise, offsets)",
+        "grid_release(sums, engine.noise_multiplier, grid, engine.noise, offsets)",
         (AUDIT_CHECKS,),
     ),
     Mutant("secure noise x 0.95", GRID_SUMS, "(sums, limit *", "(sums, 0.95 * limit *", (AUDIT_CHECKS,)),
@@ -129,7 +143,7 @@ SECURE_MUTANTS = [
     Mutant(
         "the engine's secure noise is added in floating point",
         GRID_SUMS,
-        "        released = grid_release(sums, limit * engine.noise_multiplier, grid, engine.noise)\n",
+        "        released = grid_release(sums, limit * engine.noise_multiplier, grid, engine.noise, offsets)\n",
         "        from adamix_kernels.ops.noise import add_gaussian_noise_\n\n"
         "        released = [s.float() * grid for s in sums]\n"
         "        add_gaussian_noise_(released, limit * engine.noise_multiplier, engine.noise)\n",

@@ -155,3 +155,34 @@ def test_what_cannot_be_padded() -> None:
         pad_batch([torch.ones(3, 1), torch.ones(2, 1)], 4)
     with pytest.raises(TypeError, match="batch: must hold tensors alone"):
         pad_batch({"x": torch.ones(2, 1), "name": "a"}, 4)
+
+
+def test_ranks_share_one_poisson_batch() -> None:
+    """With equal keys their batches are those of one process, cut by rank; with other keys none is on two ranks."""
+    whole = PoissonSampler(1000, 0.2, noise=Noise(seed=1))
+    ranks = [PoissonSampler(1000, 0.2, noise=Noise(seed=1), rank=r, world_size=3) for r in range(3)]
+    for batch, *parts in zip(whole, *ranks, strict=True):
+        assert sorted(i for part in parts for i in part) == batch
+    assert {rank.expected_batch_size for rank in ranks} == {200.0} and {rank.event for rank in ranks} == {whole.event}
+    own = [PoissonSampler(1000, 1.0, rank=r, world_size=3, steps=1).draw() for r in range(3)]
+    assert [i % 3 for part in own for i in part] == [0] * 334 + [1] * 333 + [2] * 333
+
+
+def test_samples_of_a_rank_are_by_coins_of_their_own() -> None:
+    """Also where all ranks have one key: sample i of a rank is not in whenever sample i of another is."""
+    ranks = [PoissonSampler(3000, 0.5, noise=Noise(seed=2), rank=r, world_size=2) for r in range(2)]
+    first, second = ({i // 2 for i in rank.draw()} for rank in ranks)
+    assert abs(len(first & second) / 1500 - 0.25) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank": 2, "world_size": 2}, "rank: is 2 of world_size 2"),
+        ({"rank": -1}, "rank: is -1"),
+        ({"rank": 0, "world_size": 2, "max_batch_size": 3}, "max_batch_size: is not supported over several ranks"),
+    ],
+)
+def test_ranks_that_do_not_fit(settings: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PoissonSampler(10, 0.5, **settings)
