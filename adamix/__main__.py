@@ -1,4 +1,4 @@
-"""The command line: `adamix train|finetune|budget|baselines|features|audit|info`, also `python -m adamix`."""
+"""The command line: `adamix train|finetune|budget|baselines|features|audit|plan|info`, also `python -m adamix`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from adamix import cli, cli_audit, cli_baselines, cli_budget, cli_finetune
+from adamix import cli, cli_audit, cli_baselines, cli_budget, cli_finetune, cli_plan
 from adamix.errors import InputError
 from adamix.report import to_json
 
@@ -31,6 +31,7 @@ def parser() -> argparse.ArgumentParser:
         cli_baselines.add_baselines,
         cli.add_features,
         cli_audit.add_audit,
+        cli_plan.add_plan,
         cli.add_info,
     ):
         add(commands)

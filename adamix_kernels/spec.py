@@ -29,7 +29,7 @@ INT_DTYPES = (torch.int64, torch.int32)
 _LISTS = (list, tuple)  # to ask a tuple of types is faster than a union, and every call asks
 
 OPS: dict[str, Op[..., Any]] = {}
-_forced: ContextVar[str] = ContextVar("adamix_kernels_backend", default="auto")
+_forced: ContextVar[str | Stand] = ContextVar("adamix_kernels_backend", default="auto")
 
 
 class BackendError(RuntimeError):
@@ -184,13 +184,8 @@ class Op(Generic[P, R]):
 
     def _run(self, bound: dict[str, Any], device: torch.device | None) -> R:
         forced = _forced.get()
-        if forced == "torch" or self._by_parts(forced):
-            return self._refer(bound)
         if forced != "auto":
-            reason = self.why_not(forced, bound)
-            if reason is not None:
-                raise BackendError(f"{self.name}: backend {forced!r} was asked for but {reason}")
-            return self.backends[forced].run(**bound)
+            return self._run_on(forced, bound)
         for name in AUTO_ORDER:
             entry = self.backends.get(name)
             if entry is None or device is None or entry.device != device.type:
@@ -198,6 +193,16 @@ class Op(Generic[P, R]):
             if entry.unavailable() is None and entry.why_not(bound, self._axes) is None:
                 return entry.run(**bound)
         return self._refer(bound)
+
+    def _run_on(self, forced: str | Stand, bound: dict[str, Any]) -> R:
+        if isinstance(forced, Stand):
+            return forced.run(self, bound)
+        if forced == "torch" or self._by_parts(forced):
+            return self._refer(bound)
+        reason = self.why_not(forced, bound)
+        if reason is not None:
+            raise BackendError(f"{self.name}: backend {forced!r} was asked for but {reason}")
+        return self.backends[forced].run(**bound)
 
     def _by_parts(self, backend: str) -> bool:
         """Whether a backend, if not "auto", runs the ops that this one is made of."""
@@ -259,6 +264,33 @@ def op_table() -> str:
         )
         lines.append(f"| `{op.name}` | {what} | {arguments} | {results} | {faster or '-'} |")
     return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Stand:
+    """What stands in for every op, on meta tensors: `run(op, arguments)`, for a `device` that is planned for."""
+
+    run: Callable[[Op[..., Any], dict[str, Any]], Any]
+    device: str
+
+
+@contextmanager
+def stand_in(run: Callable[[Op[..., Any], dict[str, Any]], Any], device: str) -> Iterator[None]:
+    """Every op inside the block is given to `run` instead of a backend: what it would take on `device`, without data.
+
+    Meta tensors count as tensors on a device of that type, where a rule goes by it (`device_type`).
+    """
+    token = _forced.set(Stand(run, device))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def device_type(tensor: Tensor) -> str:
+    """The type of a tensor's device; of a meta tensor the one that is planned for (`stand_in`)."""
+    stand = _forced.get() if tensor.is_meta else None
+    return stand.device if isinstance(stand, Stand) else tensor.device.type
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from adamix_kernels.ops.embedding import embedding_clip_sum, embedding_norm_sq
 from adamix_kernels.ops.linear import linear_clip_sum, linear_norm_sq
 from adamix_kernels.ops.norm import grad_norm_sq
 from adamix_kernels.ops.scale_shift import scale_shift_clip_sum, scale_shift_norm_sq
+from adamix_kernels.spec import device_type
 
 
 class Factors(Protocol):
@@ -257,7 +258,7 @@ def smaller(factors: Factors) -> Factors:
     a, g = factors.activations, factors.backprops
     if isinstance(factors, ConvFactors):
         weights = g.shape[1] * a.shape[1] // factors.shape["groups"] * factors.kernel
-        able = a.device.type == "cpu"  # on others the op runs on its reference
+        able = device_type(a) == "cpu"  # on others the op runs on its reference
     else:
         weights = g.shape[-1] * (a.shape[-1] if isinstance(factors, LinearFactors) else 1)
         able = g.dtype in (torch.float32, torch.float64)  # a product of two halves would be rounded to one

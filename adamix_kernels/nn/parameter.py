@@ -74,7 +74,7 @@ _WATCHED = _THAWS | _SETS_GRAD
 _PLAIN = {
     *(
         getattr(Tensor, name).__get__
-        for name in ("is_cuda", *"shape dtype device grad requires_grad data is_leaf layout ndim grad_fn".split())
+        for name in "is_cuda is_meta shape dtype device grad requires_grad data is_leaf layout ndim grad_fn".split()
     ),
     *(getattr(Tensor, name).__get__ for name in ("_version", "_base", "grad_dtype")),
     *(getattr(Tensor, name).__set__ for name in "data grad grad_dtype requires_grad".split()),  # not of a detached one
@@ -151,7 +151,8 @@ def _collect(values: Iterable[Any], found: list[Tensor]) -> None:
 def storage(x: Tensor) -> int:
     """What views of a tensor have in common; of one that has no storage, such as a sparse one, itself."""
     try:
-        return x.untyped_storage().data_ptr()
+        whole = x.untyped_storage()
+        return whole._cdata if x.is_meta else whole.data_ptr()  # meta tensors have no memory
     except (NotImplementedError, RuntimeError):
         return id(x)
 

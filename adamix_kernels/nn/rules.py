@@ -12,6 +12,7 @@ from adamix_kernels.nn.errors import PrivacyError
 from adamix_kernels.nn.factors import PerSample
 from adamix_kernels.nn.parameter import PRIVATE, Private, bases, derive, names, storage, tensors
 from adamix_kernels.nn.tap import Build, rows, tap
+from adamix_kernels.spec import device_type
 
 if TYPE_CHECKING:
     from adamix_kernels.nn.engine import DPEngine
@@ -203,7 +204,7 @@ class Rules:
     @staticmethod
     def cast(x: Tensor) -> Tensor:
         """As autocast would: what is saved then is what is multiplied."""
-        kind = x.device.type
+        kind = device_type(x)
         cast = torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64
         return x.to(torch.get_autocast_dtype(kind)) if cast else x
 

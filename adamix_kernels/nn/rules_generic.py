@@ -15,6 +15,7 @@ from adamix_kernels.nn.factors import PerSample, per_sample
 from adamix_kernels.nn.parameter import Private
 from adamix_kernels.nn.parameter import tensors as found_in
 from adamix_kernels.nn.rules import Rules, name_of, plain, rule, trains
+from adamix_kernels.spec import device_type
 
 #: Functions whose first argument is converted to the likeness of the second.
 TEMPLATES = {Tensor.to, Tensor.type_as, Tensor.view_as, Tensor.reshape_as, Tensor.expand_as}
@@ -145,7 +146,7 @@ def by_vmap(rules: Rules, function: Callable[..., Any], args: Sequence[Any], kwa
     _check_rows(rules, function, spec, fixed, batch, out, targets)
     rules.tell(max((leaves[i] for i in batch), key=Tensor.dim), what, *targets)
     fixed = _placed(fixed, batch, [None] * len(batch))  # they are saved by autograd, not here
-    kind = out.device.type
+    kind = device_type(out)
     casts, half = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
 
     def build(saved: Sequence[Tensor], g: Tensor, wanted: Sequence[bool]) -> PerSample:
@@ -202,7 +203,7 @@ def _check_rows(
     targets: Sequence[Tensor],
 ) -> None:
     """The first and last sample alone must give their rows: what mixes samples, or has no batch, is seen here."""
-    if not out.shape[0]:
+    if not out.shape[0] or out.is_meta:  # without values nothing can be compared, nor trained
         return
     tolerance = 1e-6 if out.dtype == torch.float64 else 1e-2
 

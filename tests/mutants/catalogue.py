@@ -7,6 +7,7 @@ from catalogue_distributed import DISTRIBUTED_MUTANTS
 from catalogue_flow import FLOW_MUTANTS, USER_MUTANTS
 from catalogue_ledger import LEDGER_MUTANTS
 from catalogue_mixed import MIXED_MUTANTS
+from catalogue_plan import PLAN_MUTANTS
 from catalogue_resume import RESUME_MUTANTS
 from catalogue_secure import SECURE_MUTANTS
 from catalogue_subspace import SUBSPACE_MUTANTS
@@ -490,4 +491,5 @@ MUTANTS = [
     *DEEP_TRAINER_MUTANTS,
     *SUBSPACE_MUTANTS,
     *DISTRIBUTED_MUTANTS,
+    *PLAN_MUTANTS,
 ]

@@ -1,0 +1,156 @@
+"""The trace of a step on meta tensors, against the step itself: its products, its memory, and what its ops return."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from plan_models import WORKS
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import FlopCounterMode
+
+from adamix.errors import InputError
+from adamix.plan import Job, Setting, preset
+from adamix.plan.results import RESULTS
+from adamix.plan.steps import OPTIMIZERS, STRATEGIES, attach, trace_step
+from adamix.plan.trace import Trace
+from adamix_kernels.spec import OPS, device_type, stand_in
+
+CASES = [(name, case) for name in RESULTS for case in OPS[name].cases()]
+
+
+@pytest.mark.parametrize(("name", "case"), CASES, ids=[f"{name}, {case.name}" for name, case in CASES])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_results_are_those_of_the_references(name: str, case: Any, dtype: torch.dtype) -> None:
+    given = case.build(torch.Generator().manual_seed(0))
+    given = tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, given)
+    arguments = {**OPS[name]._defaults, **given}
+
+    def described(out: Any) -> Any:
+        return [
+            (x.shape, x.dtype) if isinstance(x, Tensor) else x for x in tree_leaves(out, is_leaf=lambda x: x is None)
+        ]
+
+    assert described(RESULTS[name](arguments)) == described(OPS[name](**given))
+
+
+def real_step(name: str, strategy: str | None, watch: Any, optimizer: str = "adamw") -> int:
+    """The second step, under `watch`. Gives the bytes of what stays: model, rows and what the first step has made."""
+    work, samples = WORKS[name]
+    model, (x, y) = work.build(), work.batch(samples)
+    chosen = OPTIMIZERS[optimizer](model.parameters(), lr=1e-3)
+    engine = attach(model, chosen, strategy, samples)
+
+    def step() -> None:
+        loss = work.loss(model, x, y)
+        loss.backward() if engine is None else engine.backward(loss)
+        del loss
+        chosen.step()
+        chosen.zero_grad()
+
+    step()
+    with watch:
+        step()
+    state = [s for state in chosen.state.values() for s in state.values()]
+    return sum(t.untyped_storage().nbytes() for t in [*map(torch.Tensor.detach, model.parameters()), x, y, *state])
+
+
+def allocated(name: str, strategy: str | None) -> int:
+    """Bytes that torch's allocator has given out at the peak of a real step, by torch's profiler."""
+    watch = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    stays = real_step(name, strategy, watch)
+    assert watch.profiler is not None
+    events = [e for e in watch.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return stays + max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+
+
+@pytest.mark.parametrize("name", WORKS)
+@pytest.mark.parametrize("strategy", [None, *STRATEGIES])
+def test_memory_is_that_of_the_real_step(name: str, strategy: str | None) -> None:
+    """Of what torch allocates by itself to 1 %; inside a convolution oneDNN makes copies that no plan sees."""
+    work, samples = WORKS[name]
+    job = Job(work, Setting(strategy, precision="fp32", device="cpu"), samples)
+    planned = job.memory(samples, preset("h200")).total - preset("h200").reserved
+    share = planned / allocated(name, strategy)
+    assert (0.7 if name == "cnn" else 0.99) <= share <= 1.01
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn"])
+def test_products_are_those_of_the_real_step(name: str) -> None:
+    """Of the ordinary step exactly; attention on a CPU is not in torch's counter."""
+    work, samples = WORKS[name]
+    counter = FlopCounterMode(display=False)
+    real_step(name, None, counter)
+    trace = trace_step(work, Setting(None, precision="fp32", device="cpu"), samples).trace
+    assert sum(call.flops * n for call, n in trace.calls.items()) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_ops_are_those_of_the_real_step(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every op is called as often, with the same cost."""
+    work, samples = WORKS["transformer"]
+    real: list[tuple[str, int]] = []
+    for op in set(OPS.values()):
+        run = op._run
+
+        def noted(bound: Any, device: Any, op: Any = op, run: Any = run) -> Any:
+            real.append((op.name, op.cost(**bound).flops))
+            return run(bound, device)
+
+        monkeypatch.setattr(op, "_run", noted)
+    real_step("transformer", strategy, contextlib.nullcontext(), "sgd")
+    monkeypatch.undo()
+    trace = trace_step(work, Setting(strategy, precision="fp32", optimizer="sgd", device="cpu"), samples).trace
+    planned = sorted(
+        (c.kind.split(",")[0], c.flops) for c, n in trace.calls.items() if c.kind.split(",")[0] in OPS for _ in range(n)
+    )
+    assert planned == sorted(real[len(real) // 2 :])
+
+
+def test_strategies_keep_what_they_say() -> None:
+    """materialize holds per-sample gradients of everything, per_layer of one layer at most."""
+    work, samples = WORKS["mlp"]
+
+    def held(strategy: str | None) -> int:
+        return (
+            Job(work, Setting(strategy, precision="fp32", device="cpu"), samples).memory(samples, preset("h200")).total
+        )
+
+    parameters = sum(p.numel() for p in work.build().parameters())
+    assert held("materialize") - held(None) > 3 * samples * parameters
+    assert held("per_layer") - held(None) < 2 * 4 * parameters
+
+
+def test_accumulated_sums_are_held() -> None:
+    """Micro-batches after the first find the sums of those before; the calls of one of them are kept."""
+    work, _ = WORKS["mlp"]
+    setting = Setting("auto", precision="fp32", device="cpu")
+    one, more = (trace_step(work, setting, 4, accumulate) for accumulate in (False, True))
+    parameters = sum(p.numel() for p in work.build().parameters())
+    assert more.trace.peaks["private forward"]["sums"] == 4 * parameters
+    assert "sums" not in one.trace.peaks["private forward"]
+    count = {c: n for c, n in one.trace.calls.items() if c.phase == "private forward"}
+    assert count == {c: n for c, n in more.trace.calls.items() if c.phase == "private forward"}
+
+
+def test_a_model_that_looks_at_values_is_refused() -> None:
+    x = torch.ones(3, device="meta")
+    trace = Trace("cpu")
+    with pytest.raises(InputError, match="looks at the values"), trace.of("forward", "activations"):
+        float(x.sum())
+
+
+def test_what_stands_in_ends_with_its_block() -> None:
+    x = torch.ones(3, 4, device="meta")
+    seen = []
+    with stand_in(lambda op, arguments: seen.append(op.name), "cpu"):
+        OPS["grad_norm_sq"](x)
+        assert device_type(x) == "cpu"
+    assert seen == ["grad_norm_sq"]
+    assert device_type(x) == "meta"
+    assert OPS["grad_norm_sq"](torch.ones(3, 4)).tolist() == pytest.approx([4.0] * 3)
