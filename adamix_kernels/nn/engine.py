@@ -451,10 +451,8 @@ class DPEngine:
             trained = [(name, p) for name, p in self._stepped if p.requires_grad]
             check_grads(trained, self._known_grads)
             for (_, p), total in zip(trained, self._sums.release(trained), strict=True):
-                if self.shards is None:
-                    grad = total.to(p.grad_dtype or total.dtype)  # of p, unless it was set; None is any
-                else:
-                    grad = self.shards.as_grad(p, total)
+                wanted = p.grad_dtype or total.dtype  # that of p, unless it was set; None is any
+                grad = total.to(wanted) if self.shards is None else self.shards.as_grad(p, total)
                 p.grad = grad if p.grad is None else p.grad.add_(grad)
         self._known_grads = {name for name, _ in trained}
         self._forget()
