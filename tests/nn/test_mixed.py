@@ -205,3 +205,26 @@ def test_public_rows_have_no_user(strategy: str, mode: str) -> None:
     want = mixed([*truth[:4], *users], [0, 1, 2, 3], taus(truth, [0, 1, 2, 3], dp, 0.9))
     assert_same(step(dp), want, rtol=1e-5)
     assert dp.metrics().samples.reveal() == 3
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_scale_of_the_loss_is_undone(strategy: str) -> None:
+    data, results = batch(), []
+    for scale in (1.0, 1024.0):
+        dp = engine(
+            classifier(),
+            strategy=strategy,
+            max_grad_norm=PublicQuantile(0.5),
+            expected_batch_size=N,
+            loss_scale=scale,
+        )
+        with dp.mixed(MASK, weight=WEIGHT):
+            dp.backward(F.cross_entropy(dp.model(data[0]), data[1]) * scale)
+        results.append(step(dp))
+    assert_same(*results, rtol=1e-9)
+    assert_same(results[1], mixed(rows_of(classifier(), data), public_of(MASK), taus_of(dp)))
+
+
+def taus_of(dp: DPEngine) -> Any:
+    found = dp.thresholds
+    return {name: float(tau) for name, tau in found.items()} if isinstance(found, dict) else float(found)
