@@ -200,6 +200,10 @@ class DeepAdaMix:
                 "the last bits of public gradients tell of it; return the losses of the rows [N], as token_loss does"
             )
         batches = PublicBatches(public, config.public_batch_size, config.seed)
+        if batches.size < ranks.size:
+            raise InputError(
+                f"public_batch_size: {batches.size} public rows in a step of {ranks.size} ranks; pass one for each rank"
+            )
         called: Any = torch.compile(self.model) if config.compile else self.model
         return Task(self.model, called, self._loss, by_row, batches, context, device, ranks), classes
 
