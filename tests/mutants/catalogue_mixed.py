@@ -38,7 +38,7 @@ MIXED_MUTANTS = [
         (f"{TESTS}::test_a_step_is_the_clipped_private_and_the_exact_public_sum",),
     ),
     Mutant(
-        "layers' noise without the root of their number",
+        "noise by layer without the root of their number",
         SUMS,
         "std = math.sqrt(len(thresholds.layers)) * engine",
         "std = engine",

@@ -1,6 +1,6 @@
 """A step of AdaMix on a whole model, public rows included, beside an ordinary step on the same rows, and how both grow.
 
-pytest benchmarks/test_mixed_steps.py --benchmark-enable -s
+pytest benchmarks/test_mixed_training.py --benchmark-enable -s
 """
 
 from __future__ import annotations
