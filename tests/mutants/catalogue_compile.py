@@ -34,8 +34,8 @@ COMPILE_MUTANTS = [
     Mutant(
         "sums are rounded to the parameter's type before the noise",
         SUMS,
-        "total if self.grid else total.to(sum_dtype(total)))",
-        "total if self.grid else total.to(parameter.dtype))",
+        "total if self.grid else total.to(sum_dtype(total))\n",
+        "total if self.grid else total.to(parameter.dtype)\n",
         (
             f"{PRECISION_TESTS}::test_no_sample_in_half_precision_adds_more_than_the_threshold",
             "tests/nn/test_engine.py::test_sums_of_half_parameters_are_float32",
