@@ -111,16 +111,20 @@ class Ledger:
     ) -> str:
         """Note a run before it begins; returns its id (`run`, or a random one).
 
+        Batches that a sampler cuts short (`max_batch_size`) cost more than Poisson ones of their rate: note them as
+        full batches, `sample_rate` 1, with half of the noise, as one record more may push another one out.
+
         Raises:
             InputError: all its steps, with what the ledger holds, would exceed the budget.
         """
-        self.check(noise_multiplier, sample_rate, steps)
         run = uuid.uuid4().hex if run is None else run
-        self._append(
-            "start", run=run, noise_multiplier=float(noise_multiplier), sample_rate=float(sample_rate), planned=steps,
-            delta=delta, neighbours=NEIGHBOURS, time=_now(),
-        )  # fmt: skip
-        self._active.add(run)
+        with self._mutex:  # two threads must not both be told that there is room
+            self.check(noise_multiplier, sample_rate, steps)
+            self._append(
+                "start", run=run, noise_multiplier=float(noise_multiplier), sample_rate=float(sample_rate),
+                planned=int(steps), delta=float(delta), neighbours=NEIGHBOURS, time=_now(),
+            )  # fmt: skip
+            self._active.add(run)
         return run
 
     def charge(self, run: str) -> int:
@@ -130,14 +134,19 @@ class Ledger:
             the number of steps charged to the run so far.
 
         Raises:
-            InputError: it cannot be written, or the run has had all the steps it planned: draw nothing.
+            InputError: it cannot be written, or the run has had all the steps it planned: draw nothing. Or the run was
+                started before the ledger was opened, and others have since used the room of its steps.
         """
-        charged = self._run(run).charged + 1
-        if charged > self._run(run).planned:
-            raise InputError(
-                f"ledger: run {run} has been charged all {charged - 1} steps that it planned; start another"
-            )
-        self._append("charge", run=run, charged=charged)
+        with self._mutex:
+            found = self._run(run)
+            charged = found.charged + 1
+            if charged > found.planned:
+                raise InputError(
+                    f"ledger: run {run} has been charged all {charged - 1} steps that it planned; start another"
+                )
+            if run not in self._active:  # nobody has kept room for it since
+                self.resume_run(run, found.planned - found.charged)
+            self._append("charge", run=run, charged=charged)
         return charged
 
     def resume_run(self, run: str, steps: int) -> None:
@@ -146,11 +155,12 @@ class Ledger:
         Raises:
             InputError: with these it would exceed the budget, or it has ended.
         """
-        found = self._run(run)
-        self.check(found.noise_multiplier, found.sample_rate, steps, run)
-        if found.planned != found.charged + steps:
-            self._append("resume", run=run, planned=found.charged + steps, time=_now())
-        self._active.add(run)
+        with self._mutex:
+            found = self._run(run)
+            self.check(found.noise_multiplier, found.sample_rate, steps, run)
+            if found.planned != found.charged + steps:
+                self._append("resume", run=run, planned=found.charged + int(steps), time=_now())
+            self._active.add(run)
 
     def end_run(self, run: str) -> None:
         """No more steps will be charged to it."""
@@ -207,7 +217,7 @@ class Ledger:
     def _take(self, path: Path, descriptor: int) -> None:
         self.path, self._descriptor, self._process = path, descriptor, os.getpid()
         self._finalizer = weakref.finalize(self, os.close, descriptor)
-        self._mutex, self._failed, self._active = threading.Lock(), False, set[str]()
+        self._mutex, self._failed, self._active = threading.RLock(), False, set[str]()
         try:
             lock(descriptor, path)
         except BaseException:
@@ -256,8 +266,13 @@ class Ledger:
         with self._mutex:
             self._check_usable()
             record = {"kind": kind, "number": self.count, "previous": self.head, **fields}
-            self.book.apply(record)
-            line = durable.seal(record)
+            try:
+                line = durable.seal(record)  # before it counts: what cannot be written must not
+                self.book.apply(record)
+            except (KeyError, TypeError, ValueError) as error:
+                raise InputError(
+                    f"ledger: this is no line for {self.path} ({one_line(error)}); pass other values"
+                ) from error
             self._failed = True  # whatever interrupts the next lines, nothing is written after a torn one
             try:
                 durable.write_all(self._descriptor, line)

@@ -6,12 +6,13 @@ import math
 import uuid
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from adamix.durable import unseal
 from adamix.errors import InputError
-from adamix.privacy import left_of, spent_together
+from adamix.privacy import _number, left_of, spent_together
 
 FORMAT = 1
 UNITS = ("record", "user")
@@ -106,7 +107,8 @@ class Book:
             InputError: too many, or no valid steps.
         """
         noise, rate, steps = more
-        if not 0 <= noise < math.inf or not 0 < rate <= 1 or steps < 0:
+        whole = isinstance(steps, Integral) and not isinstance(steps, bool) and steps >= 0
+        if not 0 <= _number(noise) < math.inf or not 0 < _number(rate) <= 1 or not whole:
             raise InputError(
                 f"ledger: {steps} steps with noise multiplier {noise} and sample rate {rate} are no run; pass steps "
                 ">= 0, a finite multiplier >= 0 and a rate in (0, 1]"

@@ -24,6 +24,7 @@ from adamix_kernels import (
     grid_release,
     lift,
 )
+from adamix_kernels.ops.noise import coin_rate
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Mechanism:
         """A Poisson batch: each row, or user, independently with probability `sample_rate`, by secret randomness."""
         if sample_rate == 1:
             return rows
+        sample_rate = coin_rate(sample_rate)
         if isinstance(rows, UserRows):
             return sample_users(rows, self.noise.uniform(count_users(rows), rows.x.device), sample_rate)
         chosen = self.noise.uniform(len(rows.y), rows.x.device) < sample_rate

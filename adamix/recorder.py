@@ -9,6 +9,7 @@ import uuid
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -255,11 +256,13 @@ def _check_same(saved: Checkpoint, config: Config, fixed: dict[str, Any]) -> Non
 
 
 def _plain(value: Any) -> Any:
-    """As JSON can hold it: infinities and NaN become texts, which `float` reads."""
+    """As JSON can hold it: NumPy's numbers become Python's, infinities and NaN texts, which `float` reads."""
     if isinstance(value, dict):
         return {key: _plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(inner) for inner in value]
+    if isinstance(value, Real) and not isinstance(value, bool):
+        value = int(value) if isinstance(value, Integral) else float(value)
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -29,6 +29,9 @@ def sorted_by_user(rows: UserRows) -> UserRows:
 def summed_by_user(chunks: Iterable[Tensor], users: Tensor) -> Iterator[Tensor]:
     """Per-row gradients in chunks `[b, P]` as per-user sums in chunks `[u, P]`.
 
+    A user's rows are added one after the other, so that the last bits of the sum do not tell where a chunk ends, which
+    is a matter of the other users.
+
     Args:
         chunks: together `[N, P]`, of rows as `sorted_by_user` gives them. A user may lie in several chunks.
         users: int64 `[N]` of those rows.
@@ -40,11 +43,12 @@ def summed_by_user(chunks: Iterable[Tensor], users: Tensor) -> Iterator[Tensor]:
             continue
         found, index = users[start : start + len(chunk)].unique_consecutive(return_inverse=True)
         start += len(chunk)
-        sums = chunk.new_zeros(len(found), chunk.shape[1]).index_add_(0, index, chunk)
+        sums = chunk.new_zeros(len(found), chunk.shape[1])
         if kept is not None and int(found[0]) == last:
-            sums[0] += kept
+            sums[0] = kept
         elif kept is not None:
             yield kept[None]
+        sums.index_add_(0, index, chunk)
         kept, last = sums[-1].clone(), int(found[-1])
         if len(sums) > 1:
             yield sums[:-1]

@@ -24,6 +24,8 @@ _TRAINER_SHARE = 5
 #: Two subjects, two modes, two kinds of batches.
 ROWS_PER_EPSILON = 8
 _NOISE_COUNT, _NOISE_STEPS = 125_000, 4
+#: Noise that comes again after some steps shows in few coordinates as well.
+_NARROW_COUNT, _NARROW_STEPS = 1_000, 100
 _SAMPLER_ROWS, _SAMPLER_STEPS, _SAMPLER_RATE = 5_000, 400, 0.1
 
 
@@ -176,6 +178,11 @@ def all_checks(count: int = _NOISE_COUNT, sampler_steps: int = _SAMPLER_STEPS) -
         settings = {"epsilon": 4.0, "steps": _NOISE_STEPS, "noise_mode": mode}
         first, second = (subjects.trainer_noise(count, settings) for _ in range(2))
         yield from noise_checks(f"AdaMix {mode}", first, [second[0][0]])
+        long, _ = subjects.engine_noise(_NARROW_COUNT, _NARROW_STEPS, mode)
+        longer = subjects.trainer_noise(_NARROW_COUNT, settings | {"steps": _NARROW_STEPS})
+        for name, steps in (("DPEngine", long), ("AdaMix", longer)):
+            label = f"noise of {name} {mode}: difference of {_NARROW_STEPS} steps"
+            yield checks.reuse(label, [step[0] for step in steps])
         for name, table in (("PoissonSampler", subjects.taken_by_sampler), ("AdaMix", subjects.taken_by_mechanism)):
             taken = table(_SAMPLER_ROWS, sampler_steps, _SAMPLER_RATE, mode)
             yield from checks.sampling(f"sampling of {name} {mode}", taken, _SAMPLER_RATE)

@@ -79,7 +79,9 @@ class DPEngine:
             every forward and backward pass. The key of the noise is rank 0's and crosses the network of the job.
         unit: whose data is protected, "sample" or "user". With "user" each backward pass runs within `dp.users(ids)`,
             the gradients of a user's rows are added before they are clipped, all of a user's rows are in one backward
-            pass of a step, and expected_batch_size counts users. Gradients of all samples are made here too.
+            pass of a step, and expected_batch_size counts users. Gradients of all samples are made here too. For the
+            accounting of Poisson batches users have to be drawn, not rows: a `PoissonSampler` of as many samples as
+            there are users, and then all rows of those that it takes.
 
     The privacy of a step is that of one Gaussian mechanism with `noise_multiplier`, for adding or removing one sample,
     or one user. Between two steps each may take part in one backward pass. Micro-batches simply call backward() more

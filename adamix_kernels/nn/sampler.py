@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import Sampler, default_collate
 
-from adamix_kernels.ops.noise import Noise
+from adamix_kernels.ops.noise import Noise, coin_rate
 
 
 class SamplingEvent(NamedTuple):
@@ -100,8 +100,8 @@ class PoissonSampler(Sampler[list[int]]):
             yield self.draw()
 
     def draw(self) -> list[int]:
-        """The next batch. A uniform is a multiple of 2^-53, so the rate is rounded down to one."""
-        rate = math.floor(self.sample_rate * 2.0**53) * 2.0**-53
+        """The next batch."""
+        rate = coin_rate(self.sample_rate)
         taken = (self._noise.uniform(self.num_samples) < rate).nonzero().flatten()
         taken = taken[taken % self.world_size == self.rank]  # also of equal keys: ranks must not share their coins
         if self.max_batch_size is not None and len(taken) > self.max_batch_size:

@@ -135,6 +135,11 @@ if hasattr(os, "register_at_fork"):  # not on Windows, where nothing forks
     os.register_at_fork(after_in_child=Noise._count_fork)
 
 
+def coin_rate(rate: float) -> float:
+    """A probability rounded down to a multiple of 2^-53: `Noise.uniform` is below it that often, and not oftener."""
+    return math.floor(rate * 2.0**53) * 2.0**-53
+
+
 def _uniform_bits(high: Tensor, low: Tensor) -> Tensor:
     """53 random bits of two 32-bit words."""
     return ((high >> 5) << 26) | (low >> 6)

@@ -75,7 +75,7 @@ def test_secure_mode_comes_near_the_theory(strategy: str) -> None:
 
 def test_the_checks_hold() -> None:
     found = list(all_checks(count=20_000, sampler_steps=200))
-    assert len(found) == 36
+    assert len(found) == 40
     assert not [check for check in found if not check.passed]
 
 
@@ -124,6 +124,15 @@ def test_a_draw_that_comes_again_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     for mode in NOISE_MODES:
         assert {f"noise of {s} {mode}: difference of steps" for s in ("DPEngine", "AdaMix")} <= set(failed)
         assert {f"sampling of {s} {mode}: step after step" for s in ("PoissonSampler", "AdaMix")} <= set(failed)
+
+
+def test_draws_that_come_again_after_more_steps_than_a_run_has_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    true = Noise.next_draw
+    monkeypatch.setattr(Noise, "next_draw", lambda self: true(self) % 7)
+    failed = [check.name for check in all_checks(20_000, 20) if not check.passed]
+    for mode in NOISE_MODES:
+        assert {f"noise of {s} {mode}: difference of 100 steps" for s in ("DPEngine", "AdaMix")} <= set(failed)
+        assert f"noise of DPEngine {mode}: difference of steps" not in failed
 
 
 ARGUMENTS = ["audit", "--epsilon", "4", "--canaries", "2000", "--steps", "2", "--json"]

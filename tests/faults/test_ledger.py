@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import dp_accounting
+import numpy as np
 import pytest
 from dp_accounting.pld import PLDAccountant
 
 from adamix import InputError, durable, locks, spent, spent_together
 from adamix.ledger import Ledger
-from adamix.ledger_records import head_path, read_ledger
+from adamix.ledger_records import Book, head_path, read_ledger
 
 FULL: dict[str, Any] = {"noise_multiplier": 8.0, "sample_rate": 1.0, "steps": 4, "delta": 1e-5}
 
@@ -29,7 +32,7 @@ def test_runs_add_up(tmp_path: Path) -> None:
             run = ledger.start_run(**{**FULL, "noise_multiplier": noise})
             assert [ledger.charge(run) for _ in range(3)] == [1, 2, 3]
         mu = math.sqrt(3 / 8**2 + 3 / 5**2)
-        assert ledger.spent() == pytest.approx(dp_accounting.get_epsilon_gaussian(1 / mu, 1e-6), rel=1e-12)
+        assert ledger.spent() == pytest.approx(spent(1 / mu, delta=1e-6, steps=1), rel=1e-12)
         kept = ledger.spent(), ledger.count, ledger.head
     with Ledger(tmp_path / "rows.ledger") as again:
         assert (again.spent(), again.count, again.head) == kept
@@ -81,6 +84,51 @@ def test_runs_of_one_process_reserve_what_they_plan(tmp_path: Path) -> None:
         ledger.start_run(**{**FULL, "steps": 20})
         with pytest.raises(InputError, match="above the budget"):
             ledger.start_run(**{**FULL, "steps": 20})
+
+
+def test_a_run_that_was_cut_off_goes_on_if_others_have_left_room(tmp_path: Path) -> None:
+    """Only runs of this opening have kept room: what the other one plans is checked again with its first charge."""
+    with new(tmp_path, epsilon=3.0) as ledger:
+        first = ledger.start_run(**{**FULL, "steps": 20})
+        ledger.charge(first)
+    with Ledger(ledger.path) as ledger:
+        assert ledger.charge(first) == 2
+        with pytest.raises(InputError, match="above the budget"):
+            ledger.start_run(**{**FULL, "steps": 18})
+    with Ledger(ledger.path) as ledger:
+        second = ledger.start_run(**{**FULL, "steps": 18})
+        with pytest.raises(InputError, match=r"18 steps .* above the budget of 3 .*; resume with steps=\d"):
+            ledger.charge(first)
+        assert [ledger.charge(second) for _ in range(18)] and ledger.spent() <= 3
+
+
+def test_threads_cannot_use_the_same_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check = Book.check
+
+    def slow_check(*given: Any, **named: Any) -> None:
+        check(*given, **named)
+        time.sleep(0.2)
+
+    def begin(_: int) -> bool:
+        try:
+            ledger.start_run(**{**FULL, "steps": 20})
+        except InputError:
+            return False
+        return True
+
+    monkeypatch.setattr(Book, "check", slow_check)
+    with new(tmp_path, epsilon=3.0) as ledger, ThreadPoolExecutor(2) as pool:
+        assert sorted(pool.map(begin, range(2))) == [False, True]
+
+
+@pytest.mark.parametrize("wrong", [{"delta": math.nan}, {"steps": 0}, {"run": b"x"}, {"steps": "4"}, {"steps": 1.5}])
+def test_what_cannot_be_written_leaves_nothing(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    with new(tmp_path) as ledger:
+        with pytest.raises(InputError, match="; pass"):
+            ledger.start_run(**{**FULL, **wrong})
+        assert not ledger.runs
+        ledger.charge(ledger.start_run(**{**FULL, "steps": np.int64(2), "delta": np.float32(1e-5)}))
+    assert [run.charged for run in read_ledger(ledger.path).runs.values()] == [1]
 
 
 def test_a_run_cannot_take_more_than_it_planned(tmp_path: Path) -> None:

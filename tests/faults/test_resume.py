@@ -58,6 +58,13 @@ def place(tmp_path: Path) -> Place:
     return Place(tmp_path, epsilon=5.0)
 
 
+def test_settings_may_be_numbers_of_numpy(place: Place) -> None:
+    given = {"epsilon": np.float32(2.0), "steps": np.int64(3), "expected_batch_size": np.int32(40)}
+    place.interrupt(**given)
+    assert place.fit(**given, resume=True).epsilon == place.fit(resume=True, **given).epsilon
+    assert place.charged == 3
+
+
 def test_every_step_is_charged_before_batch_and_noise(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
     charge, next_draw = Ledger.charge, Noise.next_draw
@@ -208,6 +215,18 @@ def test_what_is_not_the_same_run_is_refused(place: Place, changes: dict[str, An
     with pytest.raises(InputError, match=message) as raised:
         place.fit(**{"resume": True, **changes})
     assert "\n" not in str(raised.value) and place.ledger.read_bytes() == before
+
+
+def test_another_model_is_refused(place: Place) -> None:
+    def model(scale: float) -> nn.Module:
+        frozen = nn.Linear(PUBLIC[0].shape[1], 4)
+        for p in frozen.parameters():
+            nn.init.constant_(p, scale).requires_grad_(False)
+        return nn.Sequential(frozen, nn.Linear(4, int(PUBLIC[1].max()) + 1))
+
+    place.interrupt(model=model(0.5))
+    with pytest.raises(InputError, match="frozen parameters and buffers differ from those of the run to resume"):
+        place.fit(model=model(0.6), resume=True)
 
 
 def test_an_older_or_another_ledger_is_refused(tmp_path: Path, place: Place) -> None:

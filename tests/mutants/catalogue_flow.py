@@ -22,6 +22,13 @@ FLOW = "tests/trainer/test_information_flow.py"
 
 USER_MUTANTS = [
     Mutant(
+        "users are told apart by the lower half of their number",
+        ENGINE_USERS,
+        'found.detach().to("cpu", torch.int64, copy=True)',
+        'found.detach().to("cpu", torch.int32).long()',
+        (f"{ENGINE_USER_TESTS}::test_ids_are_compared_whole",),
+    ),
+    Mutant(
         "the engine clips a user's rows one by one",
         PASSES,
         "            parts = sums.users.summed(parts)\n",

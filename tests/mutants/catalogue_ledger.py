@@ -33,6 +33,28 @@ _RELEASED = (
 
 LEDGER_MUTANTS = [
     Mutant(
+        "a run that was cut off spends what nobody kept for it",
+        LEDGER,
+        "                self.resume_run(run, found.planned - found.charged)\n",
+        "                pass\n",
+        (f"{LEDGER_TESTS}::test_a_run_that_was_cut_off_goes_on_if_others_have_left_room",),
+    ),
+    Mutant(
+        "two threads are told of the same room",
+        LEDGER,
+        "        with self._mutex:  # two threads",
+        "        if True:  # two threads",
+        (f"{LEDGER_TESTS}::test_threads_cannot_use_the_same_room",),
+    ),
+    Mutant(
+        "a line that cannot be written counts",
+        LEDGER,
+        "                line = durable.seal(record)  # before it counts: what cannot be written must not\n"
+        "                self.book.apply(record)\n",
+        "                self.book.apply(record)\n                line = durable.seal(record)\n",
+        (f"{LEDGER_TESTS}::test_what_cannot_be_written_leaves_nothing",),
+    ),
+    Mutant(
         "a step is charged after its noise",
         PHASE,
         f"        charge()\n{_SHOWN}{_RELEASED}",
@@ -173,8 +195,8 @@ LEDGER_MUTANTS = [
     Mutant(
         "a run may take more steps than were checked",
         LEDGER,
-        "        if charged > self._run(run).planned:\n",
-        "        self._run(run).planned = max(charged, self._run(run).planned)\n        if False:\n",
+        "            if charged > found.planned:\n",
+        "            found.planned = max(charged, found.planned)\n            if False:\n",
         (f"{LEDGER_TESTS}::test_a_run_cannot_take_more_than_it_planned",),
     ),
     Mutant(
@@ -201,15 +223,15 @@ LEDGER_MUTANTS = [
     Mutant(
         "runs are not composed",
         PRIVACY,
-        "1 / math.sqrt(math.fsum(count / noise**2 for noise, _, count in runs))",
-        "1 / math.sqrt(max(count / noise**2 for noise, _, count in runs))",
+        "return math.hypot(*(math.sqrt(count) / noise for noise, _, count in runs))",
+        "return max((math.sqrt(count) / noise for noise, _, count in runs), default=0.0)",
         (f"{LEDGER_TESTS}::test_composition",),
     ),
     Mutant(
         "full batches are left out beside Poisson ones",
         PRIVACY,
-        "    if mu_squared:\n",
-        "    if False:\n",
+        "if mu else []",
+        "if False else []",
         (f"{LEDGER_TESTS}::test_composition",),
     ),
 ]

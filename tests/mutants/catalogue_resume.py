@@ -106,6 +106,13 @@ RESUME_MUTANTS = [
         (REFUSED,),
     ),
     Mutant(
+        "a run goes on with another model",
+        RECORDER,
+        "for name, tensor in view.module.state_dict().items() if name not in trained]",
+        "for name, tensor in view.module.state_dict().items() if False]",
+        (f"{RESUME}::test_another_model_is_refused",),
+    ),
+    Mutant(
         "a new run overwrites the checkpoints of another",
         RECORDER,
         "                check_unused(folder)\n",

@@ -21,6 +21,20 @@ _KEY = "key = os.urandom(32) if seed is None else hashlib.blake2b(str(seed).enco
 
 SECURE_MUTANTS = [
     Mutant(
+        "layers on the grid are together above the threshold by a rounding",
+        GRID_SUMS,
+        "            limit *= 1 - 2.0**-50",
+        "            limit *= 1",
+        (f"{SECURE_TESTS}::test_layers_together_are_not_above_the_threshold_by_a_rounding",),
+    ),
+    Mutant(
+        "more rows than a sum on the grid holds",
+        GRID_SUMS,
+        "if self._rows > MOST_ROWS:",
+        "if False:",
+        (f"{SECURE_TESTS}::test_more_rows_than_a_sum_holds_are_refused",),
+    ),
+    Mutant(
         "whole numbers are rounded to nearest",
         GRID,
         _WHOLE,

@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from plain_loop import assert_same, batch, classifier, engine, expected, run, step
 from torch import Tensor, nn
 
-from adamix_kernels import DPEngine, Noise, PrivacyError, grid_for
+import adamix_kernels.nn.secure
+from adamix_kernels import DPEngine, Noise, PrivacyError, grid_clip_sum, grid_for
+from adamix_kernels.ops.grid import bounds
 
 STRATEGIES = ["auto", "book_keeping", "per_layer", "materialize"]
 LIMIT = 0.7
@@ -68,6 +70,33 @@ def test_a_sample_adds_at_most_the_threshold_exactly(
     dp = secure(classifier(torch.float32), max_grad_norm=limit, strategy=strategy, loss_reduction=reduction)
     run(dp, (x, torch.tensor([seed % 3])), reduction)
     assert exact_norm_sq(step(dp)) <= Fraction(limit) ** 2
+
+
+@pytest.mark.parametrize("limit", [1.14658478811215, 1.492736941220514, 1.7572019052506351])
+def test_layers_together_are_not_above_the_threshold_by_a_rounding(
+    limit: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What three layers may add, in whole numbers: with these limits C / sqrt(3) is rounded up to one too many."""
+    most: list[int] = []
+
+    def noted(grads: Any, coef: Tensor, limit: float, grid: float) -> Any:
+        most.append(bounds(limit, grid)[1])
+        return grid_clip_sum(grads, coef, limit, grid)
+
+    monkeypatch.setattr(adamix_kernels.nn.secure, "grid_clip_sum", noted)
+    run(secure(classifier(), strategy="per_layer", max_grad_norm=limit), batch())
+    assert len(most) == 3 and sum(most) <= bounds(limit, grid_for(limit, 0.0))[1]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_more_rows_than_a_sum_holds_are_refused(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adamix_kernels.nn.secure, "MOST_ROWS", 50)
+    dp = secure(classifier(), strategy=strategy)
+    run(dp, batch())
+    step(dp)
+    with pytest.raises(PrivacyError, match=r"samples since the last step; 2\^36 are the most that fit"):
+        for _ in range(6):
+            run(dp, batch())
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -5,12 +5,15 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from plain_loop import assert_same, batch, classifier, clipped, engine, per_sample, run, step
 from torch import Tensor, nn
 
+from adamix.rows import UserRows, check_private_rows
+from adamix.users import count_users
 from adamix_kernels import DPEngine, Noise, PrivacyError
 
 STRATEGIES = ["auto", "book_keeping", "per_layer", "materialize"]
@@ -109,6 +112,26 @@ def test_metrics_count_users() -> None:
     step(dp)
     assert dp.metrics().samples.reveal() == len(set(IDS))
     assert bool((dp.metrics().norms.reveal() > 1e-3).all())
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        [7, 7 + 2**32, 7 - 2**32, -7, 7],
+        [2**63 - 1, -(2**63), 0, -1, 2**63 - 1],
+        np.array([2**63, 2**64 - 1, 0, 1, 2**63], np.uint64),
+    ],
+)
+def test_ids_are_compared_whole(ids: Any) -> None:
+    """Two users taken for one would be clipped as one, and each could move the sum by twice the threshold."""
+    dp = by_user(classifier())
+    x, y = batch(5)
+    with dp.users(ids):
+        run(dp, (x, y))
+    assert_same(step(dp), expected((x, y), [int(i) for i in ids]))
+    assert dp.metrics().samples.reveal() == 4
+    rows = check_private_rows((x.float(), y, ids), 3)
+    assert isinstance(rows, UserRows) and count_users(rows) == 4
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

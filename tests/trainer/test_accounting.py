@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from prv_reference import GRID, bounds
 
 from adamix import InputError, calibrate, spent
-from adamix.privacy import spent_by_step
+from adamix.privacy import spent_by_step, spent_on, spent_together
+from adamix_kernels import SamplingEvent
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")  # dp-accounting, at log(0)
 
@@ -116,6 +117,25 @@ def test_poisson_batches_are_within_the_bounds_of_another_accountant(case: tuple
         assert spent(sigma * 0.99, delta=delta, steps=steps, sample_rate=q) > known["upper"]
 
 
+def test_rounding_of_the_transforms_hides_nothing_of_a_small_delta() -> None:
+    """Rows that take part but for once in 10^12 steps cost what full batches do, to 1e-6."""
+    sigma, steps = math.sqrt(10**5) / 2, 10**5
+    for delta in (1e-10, 1e-12, 1e-14):
+        truth = gaussian(sigma, steps, delta)
+        assert spent(sigma, delta=delta, steps=steps, sample_rate=1 - 1e-12) >= truth - 1e-6
+        event = SamplingEvent(1 - 1e-12, 10, 1000)
+        assert spent_on(event, sigma, delta=delta, steps=steps) >= truth - 1e-6
+        runs = [(sigma, 1 - 1e-12, steps), (sigma, 1 - 2e-12, steps)]
+        assert spent_together(runs, delta=delta) >= gaussian(sigma, 2 * steps, delta) - 1e-6
+
+
+def test_full_batches_of_several_runs_cost_what_the_closed_form_says() -> None:
+    for sigma, steps, delta in itertools.product(SIGMAS, STEPS, DELTAS):
+        runs, truth = [(sigma, 1.0, steps), (2 * sigma, 1.0, 4 * steps)], gaussian(sigma, 2 * steps, delta)
+        own = spent_together(runs, delta=delta)
+        assert truth <= own <= truth * (1 + 2e-12) + 1e-6, (sigma, steps, delta)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("prv_accountant") is None, reason="prv-accountant is not installed")
 @pytest.mark.parametrize("i", [2, 33])
 def test_the_recorded_bounds_are_those_of_the_package(i: int) -> None:
@@ -174,3 +194,6 @@ def test_so_little_noise_that_it_has_no_meaning_is_still_charged_in_time() -> No
     """Loss distributions of such runs take tens of gigabytes."""
     assert spent(0.5, delta=1e-5, steps=10**6, sample_rate=0.9) == spent(0.5, delta=1e-5, steps=10**6)
     assert spent(1e-200, delta=1e-5, steps=3) == math.inf
+    runs = [(0.5, 0.9, 10**6), (0.5, 0.8, 10**6)]
+    assert spent_together(runs, delta=1e-5) == pytest.approx(spent(0.5, delta=1e-5, steps=2 * 10**6), rel=1e-9)
+    assert spent_together([(1e-200, 0.5, 3), (1.0, 1.0, 2)], delta=1e-5) == math.inf

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from adamix.mechanism import Mechanism, clipped_sums
 from adamix.models import Trainable, trainable
-from adamix.rows import Rows
-from adamix_kernels import Noise, subspace_basis, use_backend
+from adamix.rows import Rows, UserRows
+from adamix_kernels import Noise, PoissonSampler, subspace_basis, use_backend
 
 
 def rows(count: int, width: int = 6, classes: int = 3, seed: int = 0) -> Rows:
@@ -137,6 +137,19 @@ def test_poisson_batches() -> None:
     assert float(torch.tensor(sizes).var()) == pytest.approx(50 * 0.1 * 0.9, rel=0.12), "sizes vary as a binomial"
     assert float((counts / 2000 - 0.1).abs().max()) < 5 * math.sqrt(0.09 / 2000), "each row alike"
     assert len(mechanism.sample(data, 1.0).y) == 50
+
+
+@pytest.mark.parametrize("rate", [0.1, 1e-17])
+def test_a_rate_is_rounded_down_to_what_coins_can_show(rate: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A uniform is a multiple of 2^-53: the largest one below the rate would be a chance too many."""
+    largest = math.floor(rate * 2.0**53) * 2.0**-53
+    data = rows(4)
+    monkeypatch.setattr(
+        Noise, "uniform", lambda self, count, device="cpu": torch.full((count,), largest, dtype=torch.float64)
+    )
+    for given in (data, UserRows(*data, torch.arange(4))):
+        assert not len(Mechanism(1.0, Noise()).sample(given, rate).y)
+    assert PoissonSampler(4, rate, steps=1).draw() == []
 
 
 def test_head_and_generic_gradients_agree() -> None:

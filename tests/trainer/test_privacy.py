@@ -105,7 +105,8 @@ def test_a_large_delta_is_warned_of() -> None:
 def test_events_of_a_sampler_cost_what_dp_accounting_says(event: SamplingEvent) -> None:
     own = PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
     own.compose(dp_accounting.SelfComposedDpEvent(dp_event(event, 1.1), 50))
-    assert spent_on(event, 1.1, delta=1e-5, steps=50) == own.get_epsilon(1e-5)
+    # A little more, for what rounding may hide of delta.
+    assert own.get_epsilon(1e-5) < spent_on(event, 1.1, delta=1e-5, steps=50) < own.get_epsilon(1e-5 * (1 - 1e-8))
 
 
 def test_what_a_sampler_mints_is_accounted_and_truncation_costs() -> None:

@@ -97,6 +97,14 @@ def test_sums_of_chunks(sizes: list[int]) -> None:
     assert list(summed_by_user([grads[:0]], users[:0])) == []
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_last_bits_of_a_sum_do_not_tell_where_chunks_end(size: int) -> None:
+    grads = torch.randn(40, 300, generator=torch.Generator().manual_seed(2))
+    users = torch.arange(40) // 9
+    chunked, whole = (torch.cat(list(summed_by_user(grads.split(n), users))) for n in (size, 40))
+    assert torch.equal(chunked, whole)
+
+
 def test_rows_of_a_user_side_by_side() -> None:
     data = rows(30, 4)
     ordered = sorted_by_user(data)
