@@ -30,7 +30,7 @@ SECURE_MUTANTS = [
     Mutant(
         "more rows than a sum on the grid holds",
         GRID_SUMS,
-        "if self._rows > MOST_ROWS:",
+        "if rows > MOST_ROWS:",
         "if False:",
         (f"{SECURE_TESTS}::test_more_rows_than_a_sum_holds_are_refused",),
     ),
