@@ -499,7 +499,10 @@ class DPEngine:
     validate = validate
 
     def metrics(self) -> Metrics:
-        """Of the last step, and private: no guarantee covers them. The host waits for the device only to read them."""
+        """Of the last step, and private: no guarantee covers them. The host waits for the device only to read them.
+
+        Over several ranks, of this rank's samples and what it knows of the sums.
+        """
         if self._sums.metrics is None:
             raise RuntimeError("metrics(): no step was taken yet")
         return self._sums.metrics
