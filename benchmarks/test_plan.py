@@ -3,8 +3,8 @@
 pytest benchmarks/test_plan.py --benchmark-enable -s
 
 A step's time is the median of interleaved rounds. Its memory is what torch's allocator has given out at its peak.
-All planned times share one measurement of rates: if the machine's load changes between that and the steps, all are off by
-the same factor, and rows that agree together are no independent evidence. Run it on a quiet machine, more than once.
+All planned times share one measurement of rates: if the machine's load changes between that and the steps, all are off
+by the same factor, and rows that agree together are no independent evidence. Run it on a quiet machine, more than once.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ PLAN_MUTANTS = [
         GENERIC,
         "if not out.shape[0] or out.is_meta:",
         "if not out.is_meta:",
-        ("tests/nn/test_refusals.py",),
+        ("tests/nn/test_attribution.py",),
     ),
     Mutant(
         "tensors on the meta device are all one",
