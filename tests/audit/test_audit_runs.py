@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-import adamix_kernels.nn.engine
 import adamix_kernels.nn.secure
+import adamix_kernels.nn.sums
 from adamix.__main__ import main
 from adamix.audit import audit
 from adamix.audit.audit import NOISE_MODES, Plan, all_checks
@@ -89,19 +89,19 @@ def test_the_whole_audit() -> None:
 
 
 def quiet(factor: float) -> Callable[..., Any]:
-    true = adamix_kernels.nn.engine.add_gaussian_noise_
-    return lambda tensor, std, noise: true(tensor, factor * std, noise)
+    true = adamix_kernels.nn.sums.add_gaussian_noise_
+    return lambda tensor, std, *rest: true(tensor, factor * std, *rest)
 
 
 def quiet_grid(factor: float) -> Callable[..., Any]:
     true = adamix_kernels.nn.secure.grid_release
-    return lambda sums, std, grid, noise: true(sums, factor * std, grid, noise)
+    return lambda sums, std, *rest: true(sums, factor * std, *rest)
 
 
 @pytest.mark.parametrize("mode", NOISE_MODES)
 def test_too_little_noise_fails(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if mode == "fast":
-        monkeypatch.setattr(adamix_kernels.nn.engine, "add_gaussian_noise_", quiet(0.5))
+        monkeypatch.setattr(adamix_kernels.nn.sums, "add_gaussian_noise_", quiet(0.5))
     else:
         monkeypatch.setattr(adamix_kernels.nn.secure, "grid_release", quiet_grid(0.5))
     row = Plan(1e-5, 2, 5_000, 0.999, "auto", np.random.default_rng(2), None).engine(4.0, 1.0, "full", mode)
@@ -153,7 +153,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_command_fails_loudly(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(adamix_kernels.nn.engine, "add_gaussian_noise_", quiet(0.4))
+    monkeypatch.setattr(adamix_kernels.nn.sums, "add_gaussian_noise_", quiet(0.4))
     assert main(ARGUMENTS) == 1
     captured = capsys.readouterr()
     assert "adamix audit: FAILED: DPEngine fast, full, epsilon 4: at least" in captured.err
