@@ -17,7 +17,9 @@ TEXT = (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
-    "code", re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL), ids=["adamix", "adamix_kernels", "DPEngine"]
+    "code",
+    re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL),
+    ids=["adamix", "adamix_kernels", "DPEngine", "mixed", "DeepAdaMix"],
 )
 def test_example_runs(code: str) -> None:
     exec(compile(code, "README.md", "exec"), {})
