@@ -32,7 +32,7 @@ def add_plan(commands: Commands) -> None:
     model.add_argument("--sequence-length", type=int, help="tokens of a sample; default: 1024")
     model.add_argument("--image-size", type=int, help="pixels a side; default: the configuration's")
     model.add_argument("--input-shape", help="of one sample of a module:function, such as 3,32,32")
-    model.add_argument("--tuning", default="full", help=f"what is trained: {', '.join(MODES)}, or patterns of names")
+    model.add_argument("--tune", default="full", help=f"what is trained: {', '.join(MODES)}, or patterns of names")
     model.add_argument("--lora-rank", type=int, default=8)
     step = parser.add_argument_group("step")
     step.add_argument("--batch", type=int, default=256, help="private rows of a step, of all devices together")
@@ -178,7 +178,7 @@ def _job(arguments: argparse.Namespace, rates: Rates) -> Job:
     )
     setting = Setting(
         strategy=arguments.strategy,
-        tuning=arguments.tuning,
+        tuning=arguments.tune,
         precision=arguments.precision,
         optimizer=arguments.optimizer,
         device=rates.device,
@@ -194,7 +194,7 @@ def _warnings(estimate: Estimate, memory: int, rates: Rates) -> list[str]:
     if estimate.memory.total > memory:
         found.append(
             f"memory: {estimate.memory.total / _GIB:.1f} GiB do not fit into {memory / _GIB:.1f} GiB; pass a smaller "
-            "--micro-batch, --tuning lora, --sharding fsdp or --strategy per_layer"
+            "--micro-batch, --tune lora, --sharding fsdp or --strategy per_layer"
         )
     if rates.measured and estimate.missing:
         found.append(f"rates: none is known of {', '.join(estimate.missing)}; products or copies stand for them")
