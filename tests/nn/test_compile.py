@@ -12,6 +12,7 @@ import torch._functorch.config
 import torch.nn.functional as F
 from plain_loop import STRATEGIES
 from torch import Tensor, nn
+from torch._dynamo import compiled_autograd
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
@@ -179,6 +180,30 @@ class Twice(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(self.layer(x)) + self.last(self.layer(x))
+
+
+class InPlace(nn.Module):
+    """What layers give is written over, as residual networks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.last = nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.Linear(48, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu_(self.conv(x))
+        x = self.norm(x).mul_(2).add_(x)
+        return self.last(x.flatten(1)).tanh_()
+
+
+@pytest.mark.parametrize("strategy", ["book_keeping", "per_layer"])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_outputs_may_be_written_over(strategy: str, backend: str) -> None:
+    torch.manual_seed(0)
+    model = InPlace()
+    plain, dp = engine(copy.deepcopy(model), strategy=strategy), engine(model, strategy=strategy)
+    run = torch.compile(model, backend=backend, fullgraph=True)
+    for samples in (7, 9):
+        same(step(dp, run(images(samples))), step(plain, plain.model(images(samples))))
 
 
 @pytest.mark.parametrize("strategy", ["auto", "per_layer", "book_keeping"])
@@ -407,6 +432,45 @@ def test_gradients_of_inputs_alone_are_not_counted() -> None:
     assert not dp._sums.totals
     with pytest.raises(PrivacyError, match=r"torch\.autograd\.grad"):
         torch.autograd.grad(loss_of(run(x)), [dp._sink])
+
+
+@pytest.mark.parametrize("strategy", ["auto", "per_layer"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_compiled_autograd_is_refused(strategy: str, compiled: bool) -> None:
+    """It never calls the end of a backward pass, and the step would release noise alone."""
+    dp = engine(convolutions(), strategy=strategy)
+    run = torch.compile(dp.model, backend="aot_eager") if compiled else dp.model
+    loss = loss_of(run(images(7)))
+    with compiled_autograd._enable(torch.compile(backend="eager")):
+        with pytest.raises(PrivacyError, match="compiled autograd"):
+            run(images(7))
+        # of a compiled model torch itself fails, before any code of the engine runs
+        with pytest.raises(
+            AttributeError if compiled else PrivacyError, match="op" if compiled else "compiled autograd"
+        ):
+            loss.backward()
+    assert not dp._sums.totals
+    plain = engine(convolutions(), strategy=strategy)
+    same(step(dp, run(images(8))), step(plain, plain.model(images(8))))
+
+
+def test_a_whole_step_may_be_compiled_without_compiled_autograd() -> None:
+    plain, dp = engine(convolutions()), engine(convolutions())
+
+    def train(each: DPEngine, x: Tensor) -> None:
+        loss_of(each.model(x)).backward()
+        each.optimizer.step()
+        each.optimizer.zero_grad()
+
+    with torch._dynamo.config.patch(compiled_autograd=True), pytest.raises(PrivacyError, match="compiled autograd"):
+        torch.compile(train, backend="aot_eager")(dp, images(7))
+    torch._dynamo.reset()
+    run = torch.compile(train, backend="aot_eager")
+    for samples in (7, 8, 9):
+        run(dp, images(samples))
+        train(plain, images(samples))
+    for p, q in zip(dp.model.parameters(), plain.model.parameters(), strict=True):
+        same(p.detach().data, q.detach().data)
 
 
 def test_two_passes_need_buffers_that_are_not_donated() -> None:
