@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -70,9 +71,9 @@ def run_plan(arguments: argparse.Namespace) -> dict[str, Any]:
         return {"method": "plan", "rates": _origin(rates)}
     accounting = _accounting(arguments)
     job = _job(arguments, rates)
-    memory = rates.memory if arguments.memory is None else int(arguments.memory * _GIB)
-    if memory < 1:
+    if arguments.memory is not None and not 1 / _GIB <= arguments.memory < math.inf:
         raise InputError(f"memory: {arguments.memory} is not valid here; pass GiB above 0")
+    memory = rates.memory if arguments.memory is None else int(arguments.memory * _GIB)
     with progress_bar() as progress:
         progress.add_task("running a step without data", total=None)
         most = job.largest_micro_batch(memory, rates)
