@@ -16,7 +16,7 @@ from torch._dynamo import compiled_autograd
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
-from adamix_kernels import DPEngine, Noise, PrivacyError
+from adamix_kernels import DPEngine, Noise, PrivacyError, PublicQuantile
 
 LIMIT = 0.3
 T, D = 6, 8
@@ -217,19 +217,41 @@ def test_equal_uses_count_each(strategy: str, backend: str) -> None:
     same(step(dp, torch.compile(model, backend=backend, fullgraph=True)(x)), step(plain, plain.model(x)))
 
 
-def test_secure_noise_and_users() -> None:
-    for settings in ({"noise": Noise(mode="secure")}, {"unit": "user"}):
-        plain, model = engine(convolutions(), **settings), convolutions()
-        dp = engine(model, **settings)
-        run = torch.compile(model, backend="aot_eager", fullgraph=True)
-        got = []
-        for dp_, call in ((dp, run), (plain, plain.model)):
-            if "unit" in settings:
-                with dp_.users([0, 0, 1, 2, 3, 3, 3]):
-                    got.append(step(dp_, call(images(7))))
-            else:
-                got.append(step(dp_, call(images(7))))
-        same(*got)
+def _users(dp: DPEngine, call: Any) -> Any:
+    with dp.users([0, 0, 1, 2, 3, 3, 3]):
+        return step(dp, call(images(7)))
+
+
+def _secure(dp: DPEngine, call: Any) -> Any:
+    return step(dp, call(images(7)))
+
+
+def _mixed(dp: DPEngine, call: Any) -> Any:
+    with dp.mixed(slice(0, 3)):
+        return step(dp, call(images(7)))
+
+
+def _subspace(dp: DPEngine, call: Any) -> Any:
+    dp.public_subspace(rank=3, every=2).refresh(lambda: loss_of(call(images(9))))
+    return step(dp, call(images(7))), step(dp, call(images(8)))
+
+
+COMBINATIONS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "users": (_users, {"unit": "user"}),
+    "secure": (_secure, {"noise": Noise(mode="secure")}),
+    "mixed": (_mixed, {}),
+    "public thresholds": (_mixed, {"max_grad_norm": PublicQuantile(0.5)}),
+    "subspace": (_subspace, {}),
+}
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS)
+@pytest.mark.parametrize("strategy", ["auto", "per_layer"])
+def test_with_what_else_the_engine_does(strategy: str, combination: str) -> None:
+    take, settings = COMBINATIONS[combination]
+    plain, dp = (engine(convolutions(), strategy=strategy, **settings) for _ in range(2))
+    run = torch.compile(dp.model, backend="aot_eager", fullgraph=True)
+    same(take(dp, run), take(plain, plain.model))
 
 
 # --- every order and part --------------------------------------------------------------------------------------------
