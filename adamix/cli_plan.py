@@ -167,7 +167,7 @@ def _job(arguments: argparse.Namespace, rates: Rates) -> Job:
             shape = ()
         if not shape or min(shape) < 1:
             raise InputError(f"input_shape: {arguments.input_shape!r} is not valid here; pass sizes such as 3,32,32")
-    for name, least in (("public_rows", 0), ("lora_rank", 1), ("micro_batch", 1)):
+    for name, least in (("gpus", 1), ("public_rows", 0), ("lora_rank", 1), ("micro_batch", 1)):
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise InputError(f"{name}: {value} is not valid here; pass a whole number of at least {least}")
