@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -70,9 +71,9 @@ def run_plan(arguments: argparse.Namespace) -> dict[str, Any]:
         return {"method": "plan", "rates": _origin(rates)}
     accounting = _accounting(arguments)
     job = _job(arguments, rates)
-    memory = rates.memory if arguments.memory is None else int(arguments.memory * _GIB)
-    if memory < 1:
+    if arguments.memory is not None and not 1 / _GIB <= arguments.memory < math.inf:
         raise InputError(f"memory: {arguments.memory} is not valid here; pass GiB above 0")
+    memory = rates.memory if arguments.memory is None else int(arguments.memory * _GIB)
     with progress_bar() as progress:
         progress.add_task("running a step without data", total=None)
         most = job.largest_micro_batch(memory, rates)
@@ -166,7 +167,7 @@ def _job(arguments: argparse.Namespace, rates: Rates) -> Job:
             shape = ()
         if not shape or min(shape) < 1:
             raise InputError(f"input_shape: {arguments.input_shape!r} is not valid here; pass sizes such as 3,32,32")
-    for name, least in (("public_rows", 0), ("lora_rank", 1), ("micro_batch", 1)):
+    for name, least in (("gpus", 1), ("public_rows", 0), ("lora_rank", 1), ("micro_batch", 1)):
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise InputError(f"{name}: {value} is not valid here; pass a whole number of at least {least}")

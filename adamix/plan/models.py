@@ -179,10 +179,24 @@ def _of_function(
         raise InputError(f"model: {model} cannot be imported ({one_line(error)}); pass module:function") from error
     finally:
         sys.path.pop(0)
+
+    def build() -> nn.Module:
+        try:
+            found = made()
+        except NotImplementedError:
+            raise  # of the meta device, which is told elsewhere
+        except Exception as error:
+            raise InputError(
+                f"model: {model}() fails ({one_line(error)}); pass a function without arguments"
+            ) from error
+        if not isinstance(found, nn.Module):
+            raise InputError(f"model: {model}() gives a {type(found).__name__}; it must return a torch.nn.Module")
+        return found
+
     if sequence_length is not None:
-        return Work(f"{model}, {sequence_length} tokens", made, _tokens(sequence_length), _next_token)
+        return Work(f"{model}, {sequence_length} tokens", build, _tokens(sequence_length), _next_token)
     shape = input_shape or (3, image_size or 1, image_size or 1)
-    return Work(f"{model}, {'x'.join(map(str, shape))}", made, _images(shape, 2), _classification)
+    return Work(f"{model}, {'x'.join(map(str, shape))}", build, _images(shape, 2), _classification)
 
 
 def _tokens(length: int) -> Callable[[int], tuple[Any, Tensor]]:

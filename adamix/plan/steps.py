@@ -15,6 +15,7 @@ from adamix.deep.tuning import tune
 from adamix.errors import InputError
 from adamix.plan.models import Work
 from adamix.plan.trace import Trace
+from adamix.storage import one_line
 from adamix_kernels import DPEngine, Noise, PrivacyError
 
 STRATEGIES = ("auto", "book_keeping", "two_pass", "per_layer", "materialize")
@@ -79,7 +80,7 @@ def trace_step(work: Work, setting: Setting, micro_batch: int, accumulate: bool 
     With `accumulate` two micro-batches run, and what is written down is the second: the sums of the first are there.
 
     Raises:
-        InputError: the engine refuses the model, or it needs values.
+        InputError: the engine refuses the model, it needs values, or it does not take such inputs.
     """
     model = model_of(work, setting)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -99,7 +100,13 @@ def trace_step(work: Work, setting: Setting, micro_batch: int, accumulate: bool 
     def run(rows: Any, name: str) -> None:
         x, y = rows
         with trace.of(f"{name} forward", _PURPOSES["forward"]):
-            loss = work.loss(model, x, y)
+            try:
+                loss = work.loss(model, x, y)
+            except (InputError, PrivacyError):
+                raise
+            except Exception as error:
+                message = f"model: {work.name} fails on inputs {list(x.shape)} ({one_line(error)}); pass what it takes"
+                raise InputError(message) from error
         with trace.of(f"{name} backward", _PURPOSES["backward"]):
             loss.backward() if engine is None or name == "public" else engine.backward(loss)
 

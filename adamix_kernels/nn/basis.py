@@ -34,7 +34,10 @@ class Basis:
     scales: list[Tensor] = field(default_factory=list)  # [N] each: what the loss multiplies the gradients with
     matrix: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.float64))  # M, [k, N]
     energy: float = 0.0
-    norm_sq: Tensor = field(default_factory=lambda: torch.zeros(0))  # [N] of the public rows' own coordinates
+    usable: Tensor = field(
+        default_factory=lambda: torch.zeros(0, dtype=torch.bool)
+    )  # [N] rows whose gradient is finite
+    norm_sq: Tensor = field(default_factory=lambda: torch.zeros(0))  # [N] of the usable rows' own coordinates
 
     def compute(self, rank: int | None, energy: float | None) -> None:
         gram = torch.cat([torch.cat([between(x, y) for y in self.chunks], 1) for x in self.chunks])
@@ -43,14 +46,17 @@ class Basis:
         double = all(x.dtype == torch.float64 for parts in self.chunks for f in parts.values() for x in floats(f))
         found, self.energy = directions(gram, rank, energy, double)
         coordinates = found @ gram.nan_to_num(0.0, 0.0, 0.0)
-        self.norm_sq = coordinates.square().sum(0)[gram.diagonal().isfinite()]
+        self.usable = gram.diagonal().isfinite()
+        self.norm_sq = coordinates.square().sum(0)[self.usable]
         self.matrix = found / scale
 
     def coordinates(self, parts: Parts, samples: int) -> Tensor:
         """`[B, k]` float64."""
         total = self.matrix.new_zeros(len(self.matrix), samples)
-        for chunk, matrix in zip(self.chunks, self._by_chunk(self.matrix), strict=True):
-            total += matrix @ between(chunk, parts).to(total.device)
+        usable = self._by_chunk(self.usable[None])
+        for chunk, matrix, (own,) in zip(self.chunks, self._by_chunk(self.matrix), usable, strict=True):
+            products = between(chunk, parts).to(total.device)
+            total += matrix @ products.where(own[:, None], 0.0)  # 0 times Inf would make every sample NaN
         return total.T
 
     def lift(self, coordinates: Tensor) -> dict[str, Tensor]:

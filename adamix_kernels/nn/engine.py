@@ -40,6 +40,7 @@ from adamix_kernels.nn.probe import tell_apart
 from adamix_kernels.nn.rules import Rules
 from adamix_kernels.nn.subspace import PublicSubspace
 from adamix_kernels.nn.sums import StepSums
+from adamix_kernels.nn.tap import check_autograd
 from adamix_kernels.nn.validate import validate
 from adamix_kernels.ops.noise import Noise, warn_if_fast
 
@@ -369,6 +370,7 @@ class DPEngine:
 
     @untraced
     def _begin_forward(self, found: Sequence[Tensor], kwargs: Mapping[str, Any]) -> None:
+        check_autograd()
         check_modules(self._mixing)
         if self.loss_reduction == "mean":
             check_labels(kwargs)

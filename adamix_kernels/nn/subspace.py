@@ -257,8 +257,10 @@ class PublicSubspace:
         basis = self.bases.get(group)
         if self._quantile is None or basis is None or not len(basis.matrix):
             return None
-        largest = float(basis.norm_sq.max()) ** 0.5
-        return max(float(norm_quantile(basis.norm_sq.float(), self._quantile)), _LEAST * largest)
+        largest = basis.norm_sq.max()  # over which all are in the range of float32
+        return (
+            max(float(norm_quantile((basis.norm_sq / largest).float(), self._quantile)), _LEAST) * float(largest) ** 0.5
+        )
 
 
 def _bytes(bases: Mapping[Group, Basis]) -> int:

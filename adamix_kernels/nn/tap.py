@@ -7,6 +7,7 @@ becomes factors of per-sample gradients.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from adamix_kernels.nn.errors import PrivacyError
 from adamix_kernels.nn.factors import Factors
-from adamix_kernels.nn.parameter import bases, names
+from adamix_kernels.nn.parameter import bases, names, untraced
 
 if TYPE_CHECKING:
     from adamix_kernels.nn.engine import DPEngine
@@ -50,8 +51,20 @@ class Use:
                 self.engine._passes.receive(self, targets, lambda: self.build(saved, backprops, wanted))
 
 
+def check_autograd() -> None:
+    """A backward pass that is compiled as a whole does not say when it ends: nothing of it would be summed."""
+    state = sys.modules.get("torch._dynamo.compiled_autograd")
+    if state is not None and (state.compiled_autograd_enabled or state.in_compiled_autograd_region):
+        raise PrivacyError(
+            "backward(): is compiled by compiled autograd, which does not tell the engine where it ends; leave "
+            "torch._dynamo.config.compiled_autograd False. torch.compile of the model compiles its backward pass too"
+        )
+
+
+@untraced
 def executes(node: Any, targets: Sequence[Tensor]) -> bool:
     """Whether this backward pass is to reach a target; `torch.autograd.grad` of the inputs alone is not."""
+    check_autograd()
     if node is None:
         return False
     try:

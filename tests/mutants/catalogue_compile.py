@@ -9,6 +9,7 @@ SUMS = "adamix_kernels/nn/sums.py"
 PASSES = "adamix_kernels/nn/passes.py"
 NOISE = "adamix_kernels/ops/noise.py"
 COMPILED = "adamix_kernels/nn/compiled.py"
+TAP = "adamix_kernels/nn/tap.py"
 COMPILED_OPS = "adamix_kernels/nn/compiled_ops.py"
 
 COMPILE_TESTS = "tests/nn/test_compile.py"
@@ -78,5 +79,12 @@ COMPILE_MUTANTS = [
             f"{COMPILE_TESTS}::test_time_first_is_refused",
             f"{COMPILE_TESTS}::test_doubts_about_the_batch_are_refused",
         ),
+    ),
+    Mutant(
+        "compiled autograd loses the end of a backward pass",
+        TAP,
+        "    if state is not None and (state.compiled_autograd_enabled or state.in_compiled_autograd_region):",
+        "    if False:",
+        (f"{COMPILE_TESTS}::test_compiled_autograd_is_refused[False-auto]",),
     ),
 ]

@@ -220,6 +220,31 @@ def test_repeated_and_degenerate_public_rows_give_fewer_directions() -> None:
     assert all(g.isfinite().all() for g in step(dp).values())
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_public_row_that_is_not_finite_is_as_if_it_were_not_there(bad: float, strategy: str) -> None:
+    x, y = public(dtype=torch.float32)
+    grads = []
+    left = torch.arange(8) != 3
+    for rows in (x.index_fill(0, torch.tensor(3), bad), y), (x[left], y[left]):
+        dp = engine(classifier(torch.float32), strategy=strategy)
+        dp.public_subspace(rank=4).refresh(loss_of(dp, rows))
+        run(dp, batch(dtype=torch.float32))
+        grads.append(step(dp))
+    assert all(g.any() for g in grads[0].values())
+    close(grads[0], {name: g.double() for name, g in grads[1].items()}, rtol=1e-4)
+
+
+def test_thresholds_of_public_norms_beyond_float32() -> None:
+    dp = engine(nn.Linear(5, 3), noise_multiplier=1.0)
+    subspace = dp.public_subspace(rank=2, quantile=1.0)
+    x, y = public(dtype=torch.float32)
+    subspace.refresh(lambda: F.cross_entropy(dp.model(x * 1e30), y))
+    assert 1e29 < subspace.thresholds[""] < 1e32
+    run(dp, batch(dtype=torch.float32))
+    assert all(g.isfinite().all() for g in step(dp).values())
+
+
 def test_public_gradients_of_zero_release_zeros() -> None:
     dp = engine(classifier(), noise_multiplier=1.0)
     subspace = dp.public_subspace(rank=4, quantile=0.5)

@@ -255,6 +255,12 @@ def test_measured_rates_are_kept_and_read(capsys: pytest.CaptureFixture[str]) ->
         ((*MODEL, "--rates", "a100", "--input-shape", "1,x"), "input_shape: '1,x'"),
         ((*MODEL, "--rates", "a100", "--bandwidth", "0"), "bandwidth: 0"),
         ((*MODEL, "--rates", "nowhere.json"), "rates: nowhere.json"),
+        ((*MODEL, "--rates", "a100", "--gpus", "0"), "gpus: 0"),
+        ((*MODEL, "--rates", "a100", "--memory", "nan"), "memory: nan"),
+        ((*MODEL, "--rates", "a100", "--memory", "inf"), "memory: inf"),
+        ((*MODEL, "--rates", "a100", "--input-shape", "1,9,9"), "fails on inputs"),
+        (("--model", "plan_models:tokens", *MODEL[2:], "--rates", "a100"), "plan_models:tokens() fails"),
+        (("--model", "plan_models:nothing", *MODEL[2:], "--rates", "a100"), "gives a NoneType"),
     ],
 )
 def test_the_command_refuses(arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
