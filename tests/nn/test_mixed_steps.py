@@ -225,6 +225,9 @@ def test_the_kind_of_threshold_changes_between_steps_only() -> None:
         (slice(0, 11), PrivacyError, "batch of 10 rows"),
         (slice(11, None), PrivacyError, "batch of 10 rows"),
         (slice(0, 8, 2), PrivacyError, "batch of 10 rows"),
+        (slice(-11, None), PrivacyError, "batch of 10 rows"),  # all of them: rows before the public ones are private
+        (slice(None, -11), PrivacyError, "batch of 10 rows"),
+        (slice(0.5, 2), TypeError, "public_rows: is slice.*pass a slice of ints"),
         (torch.ones(10), TypeError, "dtype torch.float32"),
         (torch.ones(2, 5, dtype=torch.bool), ValueError, r"shape \[2, 5\]"),
         ("first", TypeError, "public_rows: is str"),
