@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -165,6 +165,16 @@ class PublicThresholds:
         """The largest threshold that clipped its gradients since the last step, or would clip them."""
         layers = self._layers_of.get(parameter) or {self.layer_of(parameter)}
         return functools.reduce(torch.maximum, [self.known(layer) for layer in sorted(layers)])
+
+    def check_counted(self, parameters: Sequence[str]) -> None:
+        """The layers that clipped these parameters' gradients since the last step are among those whose number the
+        noise is for."""
+        clipped = {layer for name in parameters for layer in self._layers_of.get(name, ())}
+        if gone := sorted(clipped - self.layers):
+            raise PrivacyError(
+                f"layer {gone[0]!r}: was frozen between backward() and step(), and parameters of another layer were "
+                "clipped together with it; freeze it after the step, or call zero_grad() first"
+            )
 
     # --- to resume -----------------------------------------------------------------------------------------------
 
