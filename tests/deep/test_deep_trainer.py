@@ -263,7 +263,12 @@ def sum_of_batch(model: nn.Module, batch: Any) -> Tensor:
         ({"loss": mean_of_batch}, "loss: on a batch it is not the sum"),
         ({"loss": lambda m, b: m(b[0])}, r"loss: gives \[3, 3\] for 3 rows"),
         ({"loss": lambda m, b: m(b)}, "loss: it fails on 3 public rows"),
+        ({"loss": mean_of_batch, "public": Subset(PUBLIC, [0])}, "loss: on a batch it is not the sum"),
         ({"public": []}, "public: has no rows"),
+        ({"public": None}, "public: is NoneType; pass a map-style dataset"),
+        ({"private": None}, "private: is NoneType; pass a map-style dataset"),
+        ({"tune": None}, "tune: None is not valid here"),
+        ({"optimizer": torch.optim.LBFGS}, "optimizer: LBFGS evaluates the loss within a step"),
         ({"public": iter(PUBLIC)}, "public: is .*iterator; pass a map-style dataset"),
         ({"private": Subset(PUBLIC, [3])}, "private: 1 of 1 rows are also public rows"),
         ({"test": Subset(PRIVATE, range(5))}, "test: 5 of 5 rows are also private rows"),
@@ -296,6 +301,32 @@ def test_what_is_wrong_is_named(given: dict[str, Any], message: str) -> None:
     assert not charged
 
 
+class Example:
+    """A row that is neither a pair nor a dict."""
+
+    def __init__(self, x: Tensor, y: int) -> None:
+        self.x, self.y = x, y
+
+
+def collate_examples(rows: list[Example]) -> tuple[Tensor, Tensor]:
+    return torch.stack([row.x for row in rows]), torch.tensor([row.y for row in rows])
+
+
+def test_rows_of_another_make_need_a_digest() -> None:
+    class Examples(list):
+        def digest(self, i: int) -> Any:
+            return self[i].x.numpy().tobytes()
+
+    public, private = ([Example(x, int(y)) for x, y in rows] for rows in (PUBLIC, PRIVATE))
+    with pytest.raises(InputError, match=r"^public: row 0 is Example without numbers or text.*digest\(index\)"):
+        fit(public=public, private=private, collate=collate_examples)
+    found = vector(fit(public=Examples(public), private=Examples(private), collate=collate_examples))
+    assert torch.equal(found, vector(fit()))
+    with pytest.raises(InputError, match=r"^private: the label of row 1 is not"):
+        wrong = Examples([private[0], Example(private[0].x + 1, 3)])
+        fit(public=Examples(public), private=wrong, collate=collate_examples)
+
+
 def test_what_the_engine_refuses_is_refused_before_anything_is_charged() -> None:
     class Mixer(nn.Module):
         def __init__(self) -> None:
@@ -317,6 +348,17 @@ def test_a_changing_row_cannot_be_compared() -> None:
 
     with pytest.raises(InputError, match=r"private: row 0 differs when it is loaded again.*digest\(index\)"):
         fit(private=Augmented([1, 2]))
+
+    class Flipped(list):
+        """Half of the rows are alike when they are loaded again."""
+
+        def __getitem__(self, i: Any) -> Any:
+            x, y = super().__getitem__(i)
+            return (x.flip(-1) if torch.rand(()) < 0.5 else x), y
+
+    for _ in range(5):
+        with pytest.raises(InputError, match=r"private: row \d+ differs when it is loaded again"):
+            fit(private=Flipped(PRIVATE))
     kept = Augmented([1, 2])
     kept.digest = lambda i: i  # type: ignore[attr-defined]
     assert len(fit(private=kept).steps) == 3
