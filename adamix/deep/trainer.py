@@ -200,6 +200,11 @@ class DeepAdaMix:
                 "loss: is a sum over rows, with noise_mode='secure': batches are as long as what was drawn then, and "
                 "the last bits of public gradients tell of it; return the losses of the rows [N], as token_loss does"
             )
+        if config.compile and not by_row:
+            raise InputError(
+                "compile: the loss is a sum over rows, whose batches are as long as what was drawn; compiled code "
+                "refuses some lengths, which would tell of it. Return the losses of the rows [N], or pass False"
+            )
         batches = PublicBatches(public, config.public_batch_size, config.seed)
         if batches.size < ranks.size:
             raise InputError(

@@ -176,6 +176,23 @@ def test_a_compiled_model_trains_as_it_does_uncompiled(monkeypatch: pytest.Monke
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
 
 
+def test_a_compiled_language_model_with_a_table_of_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which all rows share, and compiled code cannot take to them."""
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    shape = {"vocab_size": 20, "n_positions": 6, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    config = transformers.GPT2Config(**shape, bos_token_id=0, eos_token_id=0, use_cache=False)
+    tokens = torch.randint(20, (40, 6), generator=torch.Generator().manual_seed(0))
+    rows = [{"input_ids": row.tolist(), "labels": row.tolist()} for row in tokens]
+    found = []
+    for given in (False, True):
+        torch.manual_seed(0)
+        model = transformers.GPT2LMHeadModel(config)
+        of_run = {"loss": token_loss, "optimizer": plain_steps, "steps": 2, "public_steps": 1, "compile": given}
+        found.append(vector(fit(model, public=rows[:12], private=rows[12:], **of_run)))
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+
+
 def test_secure_noise_takes_thresholds_by_layer() -> None:
     result = fit(epsilon=2.0, delta=1e-3, noise_mode="secure")
     assert vector(result).isfinite().all() and len(result.steps[0].thresholds) == 3
@@ -279,6 +296,7 @@ def sum_of_batch(model: nn.Module, batch: Any) -> Tensor:
         ({"public": [(torch.zeros(2), "cat")]}, "public: collate gives tensors of"),
         ({"public": [{"x": torch.zeros(2)}]}, "loss: rows have no 'labels'"),
         ({"loss": sum_of_batch, "noise_mode": "secure"}, "loss: is a sum over rows, with noise_mode='secure'"),
+        ({"loss": sum_of_batch, "compile": True}, "compile: the loss is a sum over rows"),
         ({"optimizer": "adam"}, "optimizer: 'adam' is not valid"),
         ({"optimizer": lambda p: p}, "optimizer: gives list"),
         ({"checkpointing": True}, "checkpointing: the model is none of transformers"),

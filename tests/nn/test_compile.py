@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
-from adamix_kernels import DPEngine, Noise, PrivacyError
+from adamix_kernels import DPEngine, Noise, PrivacyError, PublicQuantile
 
 LIMIT = 0.3
 T, D = 6, 8
@@ -190,6 +190,35 @@ def test_equal_uses_count_each(strategy: str, backend: str) -> None:
     dp = engine(model, strategy=strategy, max_grad_norm=1e3)
     x = torch.randn(5, 4)
     same(step(dp, torch.compile(model, backend=backend, fullgraph=True)(x)), step(plain, plain.model(x)))
+
+
+@pytest.mark.parametrize("rows", [slice(0, 3), torch.arange(7) % 3 == 0], ids=["slice", "mask"])
+@pytest.mark.parametrize("strategy", [s for s in STRATEGIES if s != "two_pass"])
+def test_public_rows_set_thresholds_and_are_summed(strategy: str, rows: Any) -> None:
+    found = []
+    for given in (False, True):
+        model = transformer()
+        dp = engine(model, strategy=strategy, max_grad_norm=PublicQuantile(0.5))
+        run = torch.compile(model, backend="aot_eager") if given else model
+        for _ in range(2):
+            with dp.mixed(rows, weight=0.5):
+                dp.backward(loss_of(run(ids(7))))
+            found.append((step(dp, run(ids(5))), dp.thresholds))
+    same(found[2:], found[:2])
+
+
+@pytest.mark.parametrize("strategy", ["auto", "per_layer"])
+def test_a_subspace_of_public_rows(strategy: str) -> None:
+    found = []
+    for given in (False, True):
+        model = transformer()
+        dp = engine(model, strategy=strategy)
+        run = torch.compile(model, backend="aot_eager") if given else model
+        subspace = dp.public_subspace(rank=3, quantile=0.5)
+        for _ in range(2):
+            subspace.refresh(lambda run=run: loss_of(run(ids(5))))
+            found.append((step(dp, run(ids(7)))[0], subspace.thresholds))
+    same(found[2:], found[:2])
 
 
 def test_secure_noise_and_users() -> None:
