@@ -189,6 +189,9 @@ class PublicThresholds:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take over what `state` gave, for the same rule."""
+        for name, value, _ in state["values"]:
+            if not 0 <= value <= sys.float_info.max:
+                raise ValueError(f"state: the threshold of layer {name!r} is {value}; load what state_dict() gave")
         for name, value, set_at in state["values"]:
             self._values[name] = self._scalar(value)
             self._set_at[name] = set_at

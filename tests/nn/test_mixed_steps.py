@@ -191,6 +191,17 @@ def test_a_resumed_engine_has_the_thresholds(strategy: str) -> None:
     assert_same(step(resumed), step(dp), rtol=1e-12)
 
 
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_a_state_whose_thresholds_are_none_is_refused(value: float) -> None:
+    dp = engine(classifier(), strategy="per_layer", max_grad_norm=PublicQuantile(0.5))
+    mixed(dp)
+    step(dp)
+    state = copy.deepcopy(dp.state_dict())
+    state["public_quantile"]["values"][0][1] = value
+    with pytest.raises(ValueError, match="state: the threshold of layer"):
+        dp.load_state_dict(state)
+
+
 def test_validate_leaves_the_thresholds() -> None:
     dp = engine(classifier(), max_grad_norm=PublicQuantile(0.5, every=9))
     mixed(dp)
