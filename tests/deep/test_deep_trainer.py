@@ -368,15 +368,17 @@ def test_a_changing_row_cannot_be_compared() -> None:
         fit(private=Augmented([1, 2]))
 
     class Flipped(list):
-        """Half of the rows are alike when they are loaded again."""
+        """By chance the first rows are alike when they are loaded again."""
+
+        times = 0
 
         def __getitem__(self, i: Any) -> Any:
             x, y = super().__getitem__(i)
-            return (x.flip(-1) if torch.rand(()) < 0.5 else x), y
+            self.times += i == 15
+            return (x.flip(-1) if i == 15 and self.times % 2 else x), y
 
-    for _ in range(5):
-        with pytest.raises(InputError, match=r"private: row \d+ differs when it is loaded again"):
-            fit(private=Flipped(PRIVATE))
+    with pytest.raises(InputError, match="private: row 15 differs when it is loaded again"):
+        fit(private=Flipped(PRIVATE))
     kept = Augmented([1, 2])
     kept.digest = lambda i: i  # type: ignore[attr-defined]
     assert len(fit(private=kept).steps) == 3
