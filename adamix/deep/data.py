@@ -22,6 +22,8 @@ from adamix.storage import one_line
 
 #: Keys of a row that hold its label: two rows are the same if all else is.
 LABELS = frozenset({"label", "labels"})
+#: So many rows of a set are loaded twice: a flip with probability 1/2 leaves them all alike once in 65,536 times.
+_LOADED_TWICE = 16
 
 Collate = Callable[[list[Any]], Any]
 
@@ -117,10 +119,15 @@ class Data:
             if like is not None and _form(row) != _form(like):
                 raise InputError(f"{self.name}: row {i} has not the form of public row 0; pass rows of one make")
             self._check(i, row, classes)
-            found.append(content_digest(row) if own is None else own(i))
-            if i == 0 and own is None and content_digest(*self.rows([0])) != found[0]:
+            if own is None and not _comparable(row):
                 raise InputError(
-                    f"{self.name}: row 0 differs when it is loaded again, so that rows which are public and private "
+                    f"{self.name}: row {i} is {type(row).__name__} without numbers or text that can be compared; pass "
+                    "(x, label) rows or dicts, or give the dataset a method digest(index)"
+                )
+            found.append(content_digest(row) if own is None else own(i))
+            if i < _LOADED_TWICE and own is None and content_digest(*self.rows([i])) != found[i]:
+                raise InputError(
+                    f"{self.name}: row {i} differs when it is loaded again, so that rows which are public and private "
                     "could not be found; give the dataset a method digest(index) of the row before it is changed"
                 )
         return found
@@ -130,7 +137,7 @@ class Data:
         if not all(bool(np.isfinite(x).all()) for x in arrays if x.dtype.kind == "f"):
             raise InputError(f"{self.name}: row {i} has NaN or Inf; clean or remove it")
         if classes is not None:
-            label = _array(row["labels" if "labels" in row else "label"] if isinstance(row, Mapping) else row[1])
+            label = _array(labels_of(row if isinstance(row, Mapping | tuple | list) else self.batch([row])))
             if label is None or label.dtype.kind not in "iu" or not ((label >= 0) & (label < classes)).all():
                 raise InputError(
                     f"{self.name}: the label of row {i} is not a whole number in 0..{classes - 1}, the classes of the "
@@ -153,14 +160,30 @@ def _tensor(value: Any) -> Any:
     return torch.as_tensor(value) if isinstance(value, list | int | float | np.generic | np.ndarray) else value
 
 
+def labels_of(batch: Any) -> Any:
+    """Of a batch or a row: None where there are none, or they cannot be told."""
+    if isinstance(batch, Mapping):
+        return next((batch[key] for key in batch if key in LABELS), None)
+    return batch[1] if isinstance(batch, tuple | list) and len(batch) == 2 else None
+
+
+def _content(row: Any) -> list[tuple[str, Any]]:
+    """The parts of a row but its label: of several parts the last."""
+    if isinstance(row, Mapping):
+        return [(str(key), row[key]) for key in sorted(row, key=str) if key not in LABELS]
+    several = (isinstance(row, tuple) and len(row) > 1) or (isinstance(row, list) and len(row) == 2)
+    return [("x", part) for part in row[:-1]] if several else [("x", row)]  # a longer list may be of tokens
+
+
+def _comparable(row: Any) -> bool:
+    leaves = tree_leaves([part for _, part in _content(row)])
+    return any(isinstance(leaf, str | bytes) or _array(leaf) is not None for leaf in leaves)
+
+
 def content_digest(row: Any) -> bytes:
     """blake2b (16 bytes) of a row without its label; numbers compare as in `adamix.rows.row_digests`."""
-    if isinstance(row, Mapping):
-        parts = [(str(key), row[key]) for key in sorted(row, key=str) if key not in LABELS]
-    else:
-        parts = [("x", row[0] if isinstance(row, tuple | list) and len(row) == 2 else row)]
     digest = hashlib.blake2b(digest_size=16)
-    for key, part in parts:
+    for key, part in _content(row):
         digest.update(key.encode() + b"\0")
         whole = _array(part)
         for leaf in tree_leaves(part) if whole is None else [whole]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from adamix.deep.data import LABELS
+from adamix.deep.data import LABELS, labels_of
 from adamix.errors import InputError
 from adamix.storage import one_line
 
@@ -68,12 +68,6 @@ def scores(model: nn.Module, batch: Any) -> Tensor:
     if not isinstance(found, Tensor):
         raise InputError(f"model: its output is {type(output).__name__}; return logits, or pass loss=")
     return found
-
-
-def labels_of(batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        return next((batch[key] for key in batch if key in LABELS), None)
-    return batch[1] if isinstance(batch, tuple | list) and len(batch) == 2 else None
 
 
 def count_classes(model: nn.Module, batch: Any) -> int | None:

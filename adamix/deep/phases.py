@@ -97,6 +97,15 @@ def make_engine(
         raise InputError(f"model: the private engine does not take it: {error}") from error
 
 
+def ask_uncompiled(task: Task, config: DeepConfig) -> None:
+    """A forward pass of public rows, as long as all others, by which the engine finds which dimension is the batch:
+    compiled code cannot be asked."""
+    if config.compile:
+        rows = task.public.rows(1, 0)[:1] * config.rows_per_pass(task.ranks.size)
+        with torch.compiler.set_stance("force_eager"):
+            task.losses(task.public.data.batch(rows))
+
+
 def try_on_public_rows(task: Task, optimizer: torch.optim.Optimizer, config: DeepConfig) -> None:
     """A step's passes with public rows in the place of private ones, and no step: what the engine refuses is found
     before anything is charged.
@@ -107,6 +116,7 @@ def try_on_public_rows(task: Task, optimizer: torch.optim.Optimizer, config: Dee
     engine = make_engine(task, optimizer, config, 0.0, Noise(0), alone=True)
     rows = task.public.rows(1, 0)
     try:
+        ask_uncompiled(task, config)
         before = traces_of(task.model)
         few = range(min(len(rows), max(1, config.rows_per_pass(task.ranks.size) - len(rows))))
         for batch in _passes(task, rows, task.public.data, few, config):
@@ -147,6 +157,7 @@ def mixed_phase(
         sampler = PoissonSampler(
             len(private), config.sample_rate, noise=engine.noise, rank=ranks.rank, world_size=ranks.size
         )
+    ask_uncompiled(task, config)
     fixed = traces_of(task.model)
     for number in range(finished + 1, last + 1):
         charge()

@@ -106,7 +106,7 @@ class DeepAdaMix:
         named = (
             optimizer if isinstance(optimizer, str) else getattr(optimizer, "__qualname__", type(optimizer).__name__)
         )
-        patterns = tune if isinstance(tune, str) else " ".join(tune)
+        patterns = " ".join(tune) if isinstance(tune, list | tuple) else tune
         self.config = DeepConfig.of({**settings, "optimizer": named, "tune": patterns})
         rate = self.config.learning_rate
         public_rate = self.config.public_learning_rate
@@ -161,7 +161,7 @@ class DeepAdaMix:
                 workers=config.num_workers,
             )
             for name, given in (("public", public), ("private", private), ("test", test))
-            if given is not None
+            if name != "test" or given is not None
         }
         if not len(data["public"]):
             raise InputError("public: has no rows; pass some")
@@ -190,6 +190,7 @@ class DeepAdaMix:
             return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "autocast")
 
         rows = public.rows(range(min(3, len(public))))
+        rows = rows * 2 if len(rows) == 1 else rows  # a mean over one row is its sum
         together, alone = public.batch(rows), [public.batch([row]) for row in rows]
         with torch.no_grad(), context():
             by_row = check_loss(self.model, self._loss, together, alone, exact=config.precision == "float32")
@@ -198,6 +199,11 @@ class DeepAdaMix:
             raise InputError(
                 "loss: is a sum over rows, with noise_mode='secure': batches are as long as what was drawn then, and "
                 "the last bits of public gradients tell of it; return the losses of the rows [N], as token_loss does"
+            )
+        if config.compile and not by_row:
+            raise InputError(
+                "compile: the loss is a sum over rows, whose batches are as long as what was drawn; compiled code "
+                "refuses some lengths, which would tell of it. Return the losses of the rows [N], or pass False"
             )
         batches = PublicBatches(public, config.public_batch_size, config.seed)
         if batches.size < ranks.size:

@@ -27,6 +27,8 @@ class Training(ParameterVector):
             raise InputError(
                 f"optimizer: cannot be made of the parameters ({error}); pass a function of them"
             ) from error
+        if isinstance(self.optimizer, torch.optim.LBFGS):
+            raise InputError("optimizer: LBFGS evaluates the loss within a step, which has no noise; pass another one")
         if not isinstance(self.optimizer, torch.optim.Optimizer):
             raise InputError(
                 f"optimizer: gives {type(self.optimizer).__name__}; pass 'adamw', 'sgd', or a function of the "

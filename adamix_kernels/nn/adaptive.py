@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -166,6 +166,16 @@ class PublicThresholds:
         layers = self._layers_of.get(parameter) or {self.layer_of(parameter)}
         return functools.reduce(torch.maximum, [self.known(layer) for layer in sorted(layers)])
 
+    def check_counted(self, parameters: Sequence[str]) -> None:
+        """The layers that clipped these parameters' gradients since the last step are among those whose number the
+        noise is for."""
+        clipped = {layer for name in parameters for layer in self._layers_of.get(name, ())}
+        if gone := sorted(clipped - self.layers):
+            raise PrivacyError(
+                f"layer {gone[0]!r}: was frozen between backward() and step(), and parameters of another layer were "
+                "clipped together with it; freeze it after the step, or call zero_grad() first"
+            )
+
     # --- to resume -----------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
@@ -179,6 +189,9 @@ class PublicThresholds:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take over what `state` gave, for the same rule."""
+        for name, value, _ in state["values"]:
+            if not 0 <= value <= sys.float_info.max:
+                raise ValueError(f"state: the threshold of layer {name!r} is {value}; load what state_dict() gave")
         for name, value, set_at in state["values"]:
             self._values[name] = self._scalar(value)
             self._set_at[name] = set_at

@@ -119,9 +119,9 @@ class DPEngine:
         process_group: Any = None,
     ) -> None:
         check_settings(strategy, clipping, loss_reduction, noise_multiplier, expected_batch_size, loss_scale)
-        check_uncompiled(model)
         check_unit(unit, strategy, noise)
         wrapper, model = model, unwrapped(model)
+        check_uncompiled(model)  # within DistributedDataParallel too
         self.ranks = ranks_of(wrapper, process_group)
         if self.ranks is not None and measure_signal:
             raise ValueError("measure_signal: is not measured over several ranks; pass False")

@@ -40,7 +40,7 @@ class PublicRows:
         if not 0 <= weight <= sys.float_info.max:
             raise ValueError(f"weight: is {weight}; pass a finite number, 0 or above")
         self.weight = float(weight)
-        self._rows = rows if isinstance(rows, slice) else self._of(_mask(rows))
+        self._rows = _slice(rows) if isinstance(rows, slice) else self._of(_mask(rows))
 
     def split(self, samples: int) -> Split:
         """Of a batch of so many rows.
@@ -51,7 +51,7 @@ class PublicRows:
         rows = self._rows
         if isinstance(rows, slice):
             start, stop, step = rows.indices(samples)
-            if step != 1 or max(rows.start or 0, rows.stop or 0) > samples:
+            if step != 1 or not all(-samples <= (end or 0) <= samples for end in (rows.start, rows.stop)):
                 raise PrivacyError(
                     f"public_rows: is {rows} for a batch of {samples} rows; pass a slice of some of them"
                 )
@@ -79,6 +79,14 @@ class PublicRows:
         else:
             private = torch.tensor([*range(start), *range(stop, samples)])
         return Split(samples, slice(start, stop), private, stop - start, self.weight)
+
+
+def _slice(rows: slice) -> slice:
+    try:
+        rows.indices(0)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"public_rows: is {rows} ({error}); pass a slice of ints, such as slice(0, n)") from None
+    return rows
 
 
 def _mask(rows: Any) -> Tensor:

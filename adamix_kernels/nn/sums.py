@@ -266,6 +266,7 @@ class StepSums:
     def _release_by_layer(self, sums: list[Tensor], names: list[str], thresholds: PublicThresholds) -> list[Tensor]:
         """Noise for the vector of L layers' sums, each over its own threshold, whose sensitivity is sqrt(L)."""
         engine = self._engine
+        thresholds.check_counted(names)
         std = math.sqrt(len(thresholds.layers)) * engine.noise_multiplier / engine.expected_batch_size
         if self.grid is not None:
             layers = [thresholds.layer_of(name) for name in names]

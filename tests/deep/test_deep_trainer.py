@@ -176,6 +176,23 @@ def test_a_compiled_model_trains_as_it_does_uncompiled(monkeypatch: pytest.Monke
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
 
 
+def test_a_compiled_language_model_with_a_table_of_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which all rows share, and compiled code cannot take to them."""
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    shape = {"vocab_size": 20, "n_positions": 6, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    config = transformers.GPT2Config(**shape, bos_token_id=0, eos_token_id=0, use_cache=False)
+    tokens = torch.randint(20, (40, 6), generator=torch.Generator().manual_seed(0))
+    rows = [{"input_ids": row.tolist(), "labels": row.tolist()} for row in tokens]
+    found = []
+    for given in (False, True):
+        torch.manual_seed(0)
+        model = transformers.GPT2LMHeadModel(config)
+        of_run = {"loss": token_loss, "optimizer": plain_steps, "steps": 2, "public_steps": 1, "compile": given}
+        found.append(vector(fit(model, public=rows[:12], private=rows[12:], **of_run)))
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+
+
 def test_secure_noise_takes_thresholds_by_layer() -> None:
     result = fit(epsilon=2.0, delta=1e-3, noise_mode="secure")
     assert vector(result).isfinite().all() and len(result.steps[0].thresholds) == 3
@@ -263,7 +280,12 @@ def sum_of_batch(model: nn.Module, batch: Any) -> Tensor:
         ({"loss": mean_of_batch}, "loss: on a batch it is not the sum"),
         ({"loss": lambda m, b: m(b[0])}, r"loss: gives \[3, 3\] for 3 rows"),
         ({"loss": lambda m, b: m(b)}, "loss: it fails on 3 public rows"),
+        ({"loss": mean_of_batch, "public": Subset(PUBLIC, [0])}, "loss: on a batch it is not the sum"),
         ({"public": []}, "public: has no rows"),
+        ({"public": None}, "public: is NoneType; pass a map-style dataset"),
+        ({"private": None}, "private: is NoneType; pass a map-style dataset"),
+        ({"tune": None}, "tune: None is not valid here"),
+        ({"optimizer": torch.optim.LBFGS}, "optimizer: LBFGS evaluates the loss within a step"),
         ({"public": iter(PUBLIC)}, "public: is .*iterator; pass a map-style dataset"),
         ({"private": Subset(PUBLIC, [3])}, "private: 1 of 1 rows are also public rows"),
         ({"test": Subset(PRIVATE, range(5))}, "test: 5 of 5 rows are also private rows"),
@@ -274,6 +296,7 @@ def sum_of_batch(model: nn.Module, batch: Any) -> Tensor:
         ({"public": [(torch.zeros(2), "cat")]}, "public: collate gives tensors of"),
         ({"public": [{"x": torch.zeros(2)}]}, "loss: rows have no 'labels'"),
         ({"loss": sum_of_batch, "noise_mode": "secure"}, "loss: is a sum over rows, with noise_mode='secure'"),
+        ({"loss": sum_of_batch, "compile": True}, "compile: the loss is a sum over rows"),
         ({"optimizer": "adam"}, "optimizer: 'adam' is not valid"),
         ({"optimizer": lambda p: p}, "optimizer: gives list"),
         ({"checkpointing": True}, "checkpointing: the model is none of transformers"),
@@ -294,6 +317,32 @@ def test_what_is_wrong_is_named(given: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=f"^{message}"):
         fit(**{**EXACT, **given})
     assert not charged
+
+
+class Example:
+    """A row that is neither a pair nor a dict."""
+
+    def __init__(self, x: Tensor, y: int) -> None:
+        self.x, self.y = x, y
+
+
+def collate_examples(rows: list[Example]) -> tuple[Tensor, Tensor]:
+    return torch.stack([row.x for row in rows]), torch.tensor([row.y for row in rows])
+
+
+def test_rows_of_another_make_need_a_digest() -> None:
+    class Examples(list):
+        def digest(self, i: int) -> Any:
+            return self[i].x.numpy().tobytes()
+
+    public, private = ([Example(x, int(y)) for x, y in rows] for rows in (PUBLIC, PRIVATE))
+    with pytest.raises(InputError, match=r"^public: row 0 is Example without numbers or text.*digest\(index\)"):
+        fit(public=public, private=private, collate=collate_examples)
+    found = vector(fit(public=Examples(public), private=Examples(private), collate=collate_examples))
+    assert torch.equal(found, vector(fit()))
+    with pytest.raises(InputError, match=r"^private: the label of row 1 is not"):
+        wrong = Examples([private[0], Example(private[0].x + 1, 3)])
+        fit(public=Examples(public), private=wrong, collate=collate_examples)
 
 
 def test_what_the_engine_refuses_is_refused_before_anything_is_charged() -> None:
@@ -317,6 +366,19 @@ def test_a_changing_row_cannot_be_compared() -> None:
 
     with pytest.raises(InputError, match=r"private: row 0 differs when it is loaded again.*digest\(index\)"):
         fit(private=Augmented([1, 2]))
+
+    class Flipped(list):
+        """By chance the first rows are alike when they are loaded again."""
+
+        times = 0
+
+        def __getitem__(self, i: Any) -> Any:
+            x, y = super().__getitem__(i)
+            self.times += i == 15
+            return (x.flip(-1) if i == 15 and self.times % 2 else x), y
+
+    with pytest.raises(InputError, match="private: row 15 differs when it is loaded again"):
+        fit(private=Flipped(PRIVATE))
     kept = Augmented([1, 2])
     kept.digest = lambda i: i  # type: ignore[attr-defined]
     assert len(fit(private=kept).steps) == 3

@@ -27,6 +27,9 @@ from adamix.deep.data import Data, PublicBatches, collate_rows, content_digest, 
         ({"a": [1], "b": [2]}, {"a": [2], "b": [1]}, False),
         ({"text": "cat"}, {"text": "dog"}, False),
         ({"text": "cat", "label": 1}, {"text": "cat", "label": 2}, True),
+        ((torch.ones(1), torch.zeros(2), 0), (torch.ones(1), torch.zeros(2), 1), True),  # the last of several parts
+        ((torch.ones(1), torch.zeros(2), 0), (torch.ones(1), torch.ones(2), 0), False),
+        ([1, 2, 3], [1, 2, 4], False),
         (({"x": torch.ones(1), "y": torch.zeros(1)}, 1), ({"x": torch.ones(1), "y": torch.ones(1)}, 1), False),
     ],
 )

@@ -147,6 +147,21 @@ def same_weights(kind: str, strategy: str, mode: str, recompute: bool, micro: in
     return farthest(found, reference(strategy=strategy, mode=mode))
 
 
+def compiled(strategy: str, inside: bool) -> float:
+    """The model that torch.compile gets is DistributedDataParallel's own, or the one around it."""
+    torch.manual_seed(0)
+    called, engine = attached("ddp", Model(), strategy=strategy)
+    run = torch.compile(engine.model if inside else called, backend="aot_eager")
+    with torch.compiler.set_stance("force_eager"):
+        run(data()[0][:6])  # as many as a width: compiled code cannot be asked which dimension is the batch
+    for batch in batches():
+        backward(run, engine, own_rows("ddp", batch))
+        engine.optimizer.step()
+        engine.optimizer.zero_grad()
+    found = {name: whole(p) for name, p in engine.model.named_parameters()}
+    return farthest(found, reference(strategy=strategy, mode="fast"))
+
+
 def released(kind: str, mode: str, width: int) -> dict[str, Tensor]:
     """Of a second step without a sample."""
     torch.manual_seed(0)
@@ -480,6 +495,8 @@ def refusals() -> dict[str, str]:
     engine = engine_of(model)
     found["validate"] = refusal(lambda: engine.validate(torch.randn(3, 4)))
     wrapped = DistributedDataParallel(linear())
+    inner = DistributedDataParallel(torch.compile(linear(), backend="aot_eager"))
+    found["compiled inside ddp"] = refusal(lambda: engine_of(inner))
     found["group of ddp"] = refusal(lambda: engine_of(wrapped, process_group=dist.new_group()))
     return found
 

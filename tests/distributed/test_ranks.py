@@ -20,6 +20,8 @@ CELLS += [(kind, strategy, "fast", False, 2) for kind in KINDS for strategy in (
 MIXED = [(kind, strategy, "fast", 0.7) for kind in KINDS for strategy in ("auto", "per_layer", "two_pass")]
 MIXED += [(kind, "auto", mode, q) for kind in KINDS for mode, q in (("fast", None), ("secure", 0.7))]
 
+COMPILED = [(strategy, inside) for strategy in ("auto", "per_layer") for inside in (False, True)]
+
 
 def plan(size: int, folder: Path) -> list[tuple[str, Any, tuple[Any, ...]]]:
     """All checks of one job, so that processes start once."""
@@ -37,6 +39,7 @@ def plan(size: int, folder: Path) -> list[tuple[str, Any, tuple[Any, ...]]]:
         found.append((f"resumed {kind}", checks.resumed, (kind, folder / kind)))
     found += [(f"mixed {cell}", checks.mixed, cell) for cell in MIXED]
     found += [(f"micro {kind}", checks.micro_batches_on_one_rank, (kind,)) for kind in ("plain", "ddp")]
+    found += [(f"compiled {cell}", checks.compiled, cell) for cell in COMPILED]
     found += [("one ledger", checks.one_ledger, (folder,)), ("damaged", checks.damaged, (folder / f"damaged-{size}",))]
     names = (
         "doubt_on_one_rank gathered stateless refusals thresholds_differ key_is_shared frozen_and_thawed shared_table"
@@ -60,6 +63,7 @@ def keep_unsharded(strategy: str) -> float:
 LOOKS_AT = {
     "test_weights_are_those_of_one_process": "same",
     "test_public_rows_are_those_of_all_ranks": "mixed",
+    "test_a_compiled_model_has_the_same_weights": "compiled",
     "test_noise_is_drawn_once": "noise",
     "test_buckets_change_nothing": "a_large_bucket_is_many",
     "test_ranks_may_have_other_numbers_of_passes": "micro",
@@ -123,6 +127,11 @@ def test_public_rows_are_those_of_all_ranks(job: list[dict[str, Any]], cell: tup
         assert off < 2e-6
         torch.testing.assert_close(thresholds, expected, rtol=1e-5, atol=0)
         torch.testing.assert_close(thresholds, results(job, f"mixed {cell}")[0][1][0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("cell", COMPILED, ids=str)
+def test_a_compiled_model_has_the_same_weights(job: list[dict[str, Any]], cell: tuple[Any, ...]) -> None:
+    assert max(results(job, f"compiled {cell}")) < 1e-6
 
 
 @pytest.mark.parametrize("mode", ["fast", "secure"])
@@ -229,6 +238,7 @@ REFUSED = {
     "tensor parallel": "Tensor parallelism is not supported",
     "group of shards": "ValueError: process_group: a sharded model has that of its device mesh",
     "validate": "PrivacyError: validate(): a sharded model",
+    "compiled inside ddp": "PrivacyError: model: is the result of torch.compile()",
     "group of ddp": "ValueError: process_group: is not that of",
 }
 

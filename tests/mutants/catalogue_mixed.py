@@ -107,4 +107,18 @@ MIXED_MUTANTS = [
         "found.double()",
         (f"{BOUNDS}::test_public_rows_that_are_not_finite_are_no_threshold",),
     ),
+    Mutant(
+        "a slice from before the batch makes all rows public",
+        MIXED,
+        "if step != 1 or not all(-samples <= (end or 0) <= samples for end in (rows.start, rows.stop)):",
+        "if step != 1 or max(rows.start or 0, rows.stop or 0) > samples:",
+        (f"{STEPS}::test_public_rows_that_do_not_fit",),
+    ),
+    Mutant(
+        "two parts of a layer have the noise of one",
+        SUMS,
+        "thresholds.check_counted(names)",
+        "pass",
+        (f"{BOUNDS}::test_noise_is_for_the_layers_that_were_clipped",),
+    ),
 ]

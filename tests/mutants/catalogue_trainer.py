@@ -94,4 +94,25 @@ DEEP_TRAINER_MUTANTS = [
         "    expected = whole\n",
         (f"{STEPS}::test_what_is_wrong_is_named",),
     ),
+    Mutant(
+        "a mean over one public row passes for a sum",
+        TRAINER,
+        "rows = rows * 2 if len(rows) == 1 else rows",
+        "rows = list(rows)",
+        (f"{STEPS}::test_what_is_wrong_is_named",),
+    ),
+    Mutant(
+        "one row alone is loaded twice",
+        DATA,
+        "if i < _LOADED_TWICE and own is None",
+        "if i < 1 and own is None",
+        (f"{STEPS}::test_a_changing_row_cannot_be_compared",),
+    ),
+    Mutant(
+        "compiled batches may be as long as the draw",
+        TRAINER,
+        "if config.compile and not by_row:",
+        "if False:",
+        (f"{STEPS}::test_what_is_wrong_is_named",),
+    ),
 ]

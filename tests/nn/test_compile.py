@@ -254,6 +254,35 @@ def test_with_what_else_the_engine_does(strategy: str, combination: str) -> None
     same(take(dp, run), take(plain, plain.model))
 
 
+@pytest.mark.parametrize("rows", [slice(0, 3), torch.arange(7) % 3 == 0], ids=["slice", "mask"])
+@pytest.mark.parametrize("strategy", [s for s in STRATEGIES if s != "two_pass"])
+def test_public_rows_set_thresholds_and_are_summed(strategy: str, rows: Any) -> None:
+    found = []
+    for given in (False, True):
+        model = transformer()
+        dp = engine(model, strategy=strategy, max_grad_norm=PublicQuantile(0.5))
+        run = torch.compile(model, backend="aot_eager") if given else model
+        for _ in range(2):
+            with dp.mixed(rows, weight=0.5):
+                dp.backward(loss_of(run(ids(7))))
+            found.append((step(dp, run(ids(5))), dp.thresholds))
+    same(found[2:], found[:2])
+
+
+@pytest.mark.parametrize("strategy", ["auto", "per_layer"])
+def test_a_subspace_of_public_rows(strategy: str) -> None:
+    found = []
+    for given in (False, True):
+        model = transformer()
+        dp = engine(model, strategy=strategy)
+        run = torch.compile(model, backend="aot_eager") if given else model
+        subspace = dp.public_subspace(rank=3, quantile=0.5)
+        for _ in range(2):
+            subspace.refresh(lambda run=run: loss_of(run(ids(5))))
+            found.append((step(dp, run(ids(7)))[0], subspace.thresholds))
+    same(found[2:], found[:2])
+
+
 # --- every order and part --------------------------------------------------------------------------------------------
 
 

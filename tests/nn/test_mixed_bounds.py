@@ -13,7 +13,7 @@ from plain_loop import STRATEGIES, batch, classifier, engine, step
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from adamix_kernels import DPEngine, Noise, PublicQuantile
+from adamix_kernels import DPEngine, Noise, PrivacyError, PublicQuantile
 
 PUBLIC = 4
 SPLITS = {"first": slice(0, PUBLIC), "mask": torch.tensor([1, 0, 1, 0, 1, 0, 1, 0, 0, 0]).bool()}
@@ -176,6 +176,36 @@ def test_noise_of_the_whole_is_of_the_threshold(strategy: str, mode: str) -> Non
     dp, noise = noisy(strategy, mode, False)
     z = torch.cat([g.flatten() for g in noise.values()]) / (1.5 * float(dp.thresholds) / 12.0)
     assert abs(float(z.square().mean()) - 1) < 5 * math.sqrt(2 / len(z)) and abs(float(z.mean())) < 5 / len(z) ** 0.5
+
+
+@pytest.mark.parametrize("mode", ["fast", "secure"])
+def test_noise_is_for_the_layers_that_were_clipped(mode: str) -> None:
+    """The bias of `a` is clipped with the weight of `b`, and once that is frozen two parts of one layer are released:
+    noise for one layer would be sqrt(2) too small."""
+
+    class Across(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.b, self.a = nn.Linear(4, 3, bias=False), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.b.weight, self.a.bias) + F.linear(x, self.a.weight)
+
+    model = Across()
+    dp = engine(model, strategy="per_layer", max_grad_norm=PublicQuantile(1.0), noise=Noise(mode=mode),
+                noise_multiplier=1.0, loss_reduction="sum")  # fmt: skip
+    for frozen in (False, True):
+        with dp.mixed(slice(0, 2)):
+            model(torch.randn(5, 4)).sum().backward()
+        model.b.weight.requires_grad_(not frozen)
+        if frozen:
+            with pytest.raises(PrivacyError, match="layer 'b': was frozen between backward"):
+                dp.optimizer.step()
+            dp.optimizer.zero_grad()
+            with dp.mixed(slice(0, 2)):
+                model(torch.randn(5, 4)).sum().backward()
+        dp.optimizer.step()
+        dp.optimizer.zero_grad()
 
 
 def test_layers_take_one_draw_at_consecutive_offsets() -> None:

@@ -191,6 +191,17 @@ def test_a_resumed_engine_has_the_thresholds(strategy: str) -> None:
     assert_same(step(resumed), step(dp), rtol=1e-12)
 
 
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_a_state_whose_thresholds_are_none_is_refused(value: float) -> None:
+    dp = engine(classifier(), strategy="per_layer", max_grad_norm=PublicQuantile(0.5))
+    mixed(dp)
+    step(dp)
+    state = copy.deepcopy(dp.state_dict())
+    state["public_quantile"]["values"][0][1] = value
+    with pytest.raises(ValueError, match="state: the threshold of layer"):
+        dp.load_state_dict(state)
+
+
 def test_validate_leaves_the_thresholds() -> None:
     dp = engine(classifier(), max_grad_norm=PublicQuantile(0.5, every=9))
     mixed(dp)
@@ -225,6 +236,9 @@ def test_the_kind_of_threshold_changes_between_steps_only() -> None:
         (slice(0, 11), PrivacyError, "batch of 10 rows"),
         (slice(11, None), PrivacyError, "batch of 10 rows"),
         (slice(0, 8, 2), PrivacyError, "batch of 10 rows"),
+        (slice(-11, None), PrivacyError, "batch of 10 rows"),  # all of them: rows before the public ones are private
+        (slice(None, -11), PrivacyError, "batch of 10 rows"),
+        (slice(0.5, 2), TypeError, "public_rows: is slice.*pass a slice of ints"),
         (torch.ones(10), TypeError, "dtype torch.float32"),
         (torch.ones(2, 5, dtype=torch.bool), ValueError, r"shape \[2, 5\]"),
         ("first", TypeError, "public_rows: is str"),
