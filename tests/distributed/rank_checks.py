@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo.utils
 import torch.distributed as dist
 import torch.nn.functional as F
 from spawned import device_of
@@ -260,6 +261,24 @@ def low_precision(kind: str, strategy: str) -> tuple[set[str], float]:
         found.append((kinds, grads))
     (kinds, grads), (_, expected) = found
     return kinds, float((grads - expected).norm() / expected.norm())
+
+
+def compiled(kind: str, strategy: str, mode: str) -> tuple[float, int]:
+    """torch.compile of what the loop calls, for two steps, without a compiler of C++; how many frames it compiled."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    weights = []
+    for now in (kind, "local"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(11, 23), nn.Flatten(), nn.Linear(115, 3))
+        called, engine = attached(now, model, mode=mode, strategy=strategy)
+        run = called if now == "local" else torch.compile(called, backend="aot_eager")
+        for batch in ([*range(16)], [*range(16, 32)]):
+            backward(run, engine, own_rows(now, batch))
+            engine.optimizer.step()
+            engine.optimizer.zero_grad()
+        weights.append({name: whole(p) for name, p in engine.model.named_parameters()})
+    return farthest(*weights), torch._dynamo.utils.counters["frames"]["ok"]
 
 
 def evaluated(*reshard: Any) -> float:

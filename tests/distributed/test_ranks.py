@@ -30,6 +30,8 @@ HYBRID = [(strategy, "fast", False, 1) for strategy in STRATEGIES]
 HYBRID += [(strategy, "secure", False, 1) for strategy in ("auto", "per_layer")]
 HYBRID += [("auto", "fast", True, 1), ("two_pass", "fast", True, 1), ("per_layer", "fast", False, 2)]
 LOW = [(kind, strategy) for kind in ("ddp", "fsdp") for strategy in ("auto", "per_layer")]
+COMPILED = [(kind, strategy, "fast") for kind in KINDS for strategy in ("auto", "per_layer")]
+COMPILED += [(kind, "auto", "secure") for kind in KINDS]
 EVALUATED: list[tuple[Any, ...]] = [(), (True,), (False,)]  # reshard_after_forward
 
 
@@ -61,6 +63,8 @@ def plan(size: int, folder: Path) -> list[tuple[str, Any, tuple[Any, ...]]]:
         ("kept unsharded", keep_unsharded, ("auto",)),
         ("kept unsharded by layer", keep_unsharded, ("per_layer",)),
     ]
+    if size == 2:
+        found += [(f"compiled {cell}", checks.compiled, cell) for cell in COMPILED]
     if size == 4:
         found += [(f"hybrid {cell}", checks.hybrid, cell) for cell in HYBRID]
         found += [(f"mixed {cell}", checks.mixed, cell) for cell in MIXED_HYBRID]
@@ -92,6 +96,7 @@ LOOKS_AT = {
     "test_a_step_that_makes_the_state_of_an_optimizer_is_none": "stateless",
     "test_all_ranks_have_one_key": "key_is_shared",
     "test_noise_follows_the_largest_threshold": "thresholds_differ",
+    "test_compiled_models_are_those_of_one_process": "compiled",
     "test_an_evaluation_changes_nothing": "evaluated",
     "test_refused_on_all_ranks": "refusals",
     "test_refused_models": "models",
@@ -176,6 +181,14 @@ def test_sums_of_low_precision_are_float32(job: list[dict[str, Any]], cell: tupl
     for kinds, off in results(job, f"low precision {cell}"):
         assert kinds == {"torch.float32"}
         assert 0 < off < 0.03 if cell[0] == "fsdp" else off < 0.005
+
+
+@pytest.mark.parametrize("cell", COMPILED, ids=str)
+def test_compiled_models_are_those_of_one_process(
+    jobs: dict[int, list[dict[str, Any]]], cell: tuple[str, str, str]
+) -> None:
+    for off, frames in results(jobs[2], f"compiled {cell}"):
+        assert off < 1e-6 and frames
 
 
 @pytest.mark.parametrize("reshard", EVALUATED, ids=str)
