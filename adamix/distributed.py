@@ -22,7 +22,9 @@ A script that `TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --max-restarts=3` s
 
 When a rank dies the others cannot go on: a collective fails at once where the connection breaks, and after `TIMEOUT`
 where it does not. Nothing without noise leaves a process; the step that was interrupted was charged and is charged
-again. A rank must not catch the error and go on alone.
+again. A rank must not catch the error and go on alone. Groups that a mesh of two dimensions makes do not take on that
+timeout but have torch's: there a rank that stands still, with its connections open, holds the others for 10 to 30
+minutes, unless `init_device_mesh(backend_override=)` gives them another.
 """
 
 from __future__ import annotations
