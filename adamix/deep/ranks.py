@@ -6,7 +6,6 @@ the ledger and writes the checkpoints, and the others wait until that has succee
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from adamix.checkpoint import Checkpoint
 from adamix.deep.config import DeepConfig
-from adamix.distributed import on_first, start
+from adamix.distributed import on_first, start, stop
 from adamix.errors import InputError
 from adamix.models import Weights
 from adamix.private_phase import Step
@@ -124,8 +123,7 @@ def job_of_torchrun(device: torch.device) -> Iterator[torch.device]:
         yield device
         dist.barrier()
     finally:
-        gc.collect()  # a cycle that holds the group would end its threads after Python's, which aborts
-        dist.destroy_process_group()
+        stop()
 
 
 @contextmanager

@@ -43,6 +43,7 @@ def agree(sums: StepSums, ranks: Ranks, trained: Sequence[tuple[str, Tensor]], l
     }
     of_grid = [0, 0.0] if grid is None else [grid.rows, grid.step if sums.totals else 0.0]
     row = [*equal.values(), *of_grid, sums.public.weight, 0.0 if waits else float(limit), *public]
+    ranks.meet("optimizer.step()", 0.0)
     found = ranks.rows_of_all(row)
     for i, name in enumerate(equal):
         if len(values := {other[i] for other in found}) > 1:

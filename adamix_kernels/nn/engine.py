@@ -119,9 +119,10 @@ class DPEngine:
         process_group: Any = None,
     ) -> None:
         check_settings(strategy, clipping, loss_reduction, noise_multiplier, expected_batch_size, loss_scale)
-        check_unit(unit, strategy, noise)
         wrapper, model = model, unwrapped(model)
-        check_uncompiled(model)  # within DistributedDataParallel too
+        check_uncompiled(wrapper)
+        check_uncompiled(model)  # within DistributedDataParallel
+        check_unit(unit, strategy, noise)
         self.ranks = ranks_of(wrapper, process_group)
         if self.ranks is not None and measure_signal:
             raise ValueError("measure_signal: is not measured over several ranks; pass False")
@@ -170,7 +171,7 @@ class DPEngine:
 
     def _attach(self) -> None:
         named = list(self.model.named_parameters())
-        for name, parameter in named if self.shards is None else self.shards.unsharded(self.model):
+        for name, parameter in named if self.shards is None else self.shards.unsharded():
             parameter.__class__ = PrivateParameter
             assert isinstance(parameter, PrivateParameter)
             parameter._dp_engine, parameter._dp_name = self, name
@@ -393,6 +394,8 @@ class DPEngine:
             for x in _leaves((outputs,), {}):
                 if x.grad_fn is not None:
                     x.grad_fn.register_prehook(Hook(lambda _, began=began: self._passes.come_through(began)))
+            if self.shards is not None:
+                self.shards.check_placed()
             tell_apart(self, module, args, kwargs)
 
     def backward(self, loss: Tensor) -> None:
@@ -437,9 +440,9 @@ class DPEngine:
     @torch.no_grad()
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         with torch._C.DisableTorchFunctionSubclass():
-            found = self.model.named_parameters()
-            at_rest = found if self.shards is None else ((name, self.shards.stepped(p)) for name, p in found)
-            check_parameters(at_rest, optimizer, {id(p) for _, p in self._stepped})
+            if self.shards is not None:
+                self.shards.rest()
+            check_parameters(self.model.named_parameters(), optimizer, {id(p) for _, p in self._stepped})
         if any(callable(x) for x in (*args, *kwargs.values())):
             raise PrivacyError(
                 "optimizer.step(closure): backward passes within a step have no noise; call step() alone"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -79,8 +79,9 @@ def _undone(engine: DPEngine, module: nn.Module, probing: bool = True) -> Iterat
     rules.probing = probing
     if probing:
         parameter.probing.add(id(engine))
+    gathered = engine.shards.gathered(module) if engine.shards is not None else nullcontext()
     try:
-        with torch.random.fork_rng([d for d in devices if d is not None]):
+        with torch.random.fork_rng([d for d in devices if d is not None]), gathered:
             yield
     finally:
         engine.batch_size, engine.input_storages, rules.probing = size, storages, False

@@ -8,6 +8,7 @@ the noise of a step is bit for bit that of one process with this key. The key cr
 from __future__ import annotations
 
 import hashlib
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 #: Numbers of a sum that are sent at once: 64 MiB of float32.
 BUCKET = 1 << 24
+
+#: Where ranks meet.
+PLACES = ("optimizer.step()", "a forward pass", "a backward pass", "a gathering of public rows")
 
 Named = Sequence[tuple[str, Tensor]]
 
@@ -45,9 +49,18 @@ class Ranks:
     shards: Shards | None = None
 
     def __init__(self, group: Any, device: torch.device) -> None:
-        self.group, self.size, self.rank = group, dist.get_world_size(group), dist.get_rank(group)
+        # Not kept alive: destroy_process_group() must end its threads, which at Python's own end would abort.
+        self._group = weakref.ref(group)
+        self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
         # What the host must know is sent between hosts where that can be done, so that nobody waits for a device.
         self._device = torch.device("cpu") if "cpu:" in dist.get_backend_config(group) else device
+
+    @property
+    def group(self) -> Any:
+        group = self._group()
+        if group is None:
+            raise PrivacyError("process_group: was destroyed; make a new DPEngine in a new group")
+        return group
 
     # --- at the start --------------------------------------------------------------------------------------------
 
@@ -78,12 +91,29 @@ class Ranks:
         all_gather(found, mine, self.group)
         return found.view(self.size, -1).tolist()
 
+    def meet(self, place: str, number: float) -> list[float]:
+        """A number of each rank; `place`, of `PLACES`, is where it comes from.
+
+        Before all else that ranks send each other: a rank that is elsewhere would take numbers for what they are not.
+
+        Raises:
+            PrivacyError: on all ranks, if they are not all there.
+        """
+        found = self.rows_of_all([float(PLACES.index(place)), number])
+        for rank, (other, _) in enumerate(found):
+            if other != found[0][0]:
+                raise PrivacyError(
+                    f"ranks do not take the same steps: rank 0 is in {PLACES[int(found[0][0])]}, rank {rank} in "
+                    f"{PLACES[int(other)]}; let all call the same in the same order, also with batches without a row"
+                )
+        return [theirs for _, theirs in found]
+
     def any(self, flag: bool) -> bool:
-        return any(row[0] for row in self.rows_of_all([float(flag)]))
+        return any(self.meet("a forward pass", float(flag)))
 
     def gather(self, x: Tensor) -> Tensor:
         """`[n]` of each rank, n its own, as one in the order of the ranks."""
-        counts = [int(row[0]) for row in self.rows_of_all([float(len(x))])]
+        counts = [int(count) for count in self.meet("a gathering of public rows", float(len(x)))]
         padded = x.new_zeros(max(counts))
         padded[: len(x)] = x
         found = x.new_empty(self.size * len(padded))

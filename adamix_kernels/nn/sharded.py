@@ -7,7 +7,9 @@ that of the sums of a backward pass few are whole at a time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,9 +36,8 @@ class Shards(Ranks):
                 "model: some parameters are DTensors, but the model itself is not sharded; call fully_shard(model) on "
                 "the whole model as well. Tensor parallelism is not supported: norms would need all ranks of a layer"
             )
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        self._modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        self.rest()
         self.named: list[tuple[str, DTensor]] = []  # what the optimizer steps, by name
         for name, p in _tensors(model):
             if not isinstance(p, DTensor):
@@ -53,15 +54,13 @@ class Shards(Ranks):
             (module, key): p for module in model.modules() for key, p in module._parameters.items() if p is not None
         }
         super().__init__(self._whole_group(), torch.device(self._mesh.device_type))
-        self._group = self._mesh.get_group(self._mesh.ndim - 1)
         self._place, self._count = self._mesh.get_local_rank(self._mesh.ndim - 1), self._mesh.size(self._mesh.ndim - 1)
         self._parameters = dict(self.named)
         self._shapes = {name: p.shape for name, p in self.named}
         for name, p in self.named:
             if p.to_local().shape[0] != self._rows(name)[1]:
                 raise PrivacyError(f"parameter {name!r} is cut otherwise than fully_shard() does; use that alone")
-        self._canonical: dict[int, Tensor] = {id(p): p for _, p in self.named}
-        self.begin([])
+        self.begin([], 0.0)
 
     @staticmethod
     def _check_placement(name: str, p: DTensor) -> None:
@@ -96,28 +95,53 @@ class Shards(Ranks):
 
     # --- parameters ----------------------------------------------------------------------------------------------
 
-    def unsharded(self, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    def rest(self) -> None:
+        """Nothing but shards: what was gathered, as by an evaluation before a step, would be older than a step."""
+        for module in self._modules:
+            module.reshard()
+
+    def check_placed(self) -> None:
+        """After a forward pass all is whole, or cut as before it."""
+        for (owner, key), sharded in self._slots.items():
+            p = owner._parameters[key]
+            if isinstance(p, DTensor) and p is not sharded:
+                raise PrivacyError(
+                    f"parameter {key!r} is cut otherwise after a forward pass; pass reshard_after_forward=True or "
+                    "False to fully_shard(), not a number of ranks"
+                )
+
+    @contextmanager
+    def gathered(self, model: nn.Module) -> Iterator[None]:
+        """What of the model itself is sharded stands whole while its `forward` is called once more."""
+
+        def sharded() -> int:
+            return sum(isinstance(owner._parameters[key], DTensor) for owner, key in self._slots)
+
+        before = sharded()
+        assert isinstance(model, FSDPModule)
+        model.unshard()
+        was_whole = sharded() == before
+        try:
+            yield
+        finally:
+            if not was_whole:
+                model.reshard()
+
+    def unsharded(self) -> list[tuple[str, nn.Parameter]]:
         """The plain parameters that stand in the place of the shards while a layer runs: FSDP makes each once."""
         names = {id(p): name for name, p in self.named}
         found: dict[str, nn.Parameter] = {}
-        for module in model.modules():
-            if not isinstance(module, FSDPModule):
-                continue
+        for module in self._modules:
             module.unshard()
             for (owner, key), sharded in self._slots.items():
                 p = owner._parameters[key]
                 if p is not None and p is not sharded:
                     found[names[id(sharded)]] = p
-                    self._canonical[id(p)] = sharded
             module.reshard()
         lost = [name for name, _ in self.named if name not in found]
         if lost:
             raise PrivacyError(f"parameter {lost[0]!r} is in no module that fully_shard() was called on")
         return [(name, found[name]) for name, _ in self.named]
-
-    def stepped(self, p: Tensor) -> Tensor:
-        """The shard that a parameter of the model stands for; itself if it is no parameter that was sharded."""
-        return self._canonical.get(id(p), p)
 
     def as_grad(self, p: Tensor, part: Tensor) -> Tensor:
         assert isinstance(p, DTensor)
@@ -136,8 +160,9 @@ class Shards(Ranks):
 
     # --- a backward pass -----------------------------------------------------------------------------------------
 
-    def begin(self, trained: Sequence[str]) -> None:
-        """A pass in which sums of these parameters come: about in the reverse of their order."""
+    def begin(self, trained: Sequence[str], divisor: float) -> None:
+        """A pass in which sums of these parameters come, over a divisor: about in the reverse of their order."""
+        self._divisor, self._agreed = divisor, False
         self._order = [(name, False) for name in reversed(trained)]
         self._next = 0
         self._waiting: dict[Key, Tensor] = {}
@@ -196,6 +221,8 @@ class Shards(Ranks):
 
     def _send(self, bucket: list[tuple[Key, Tensor]]) -> None:
         """One reduce-scatter of the sums that wait: of each the padded rows of a rank, one behind the other."""
+        if not self._agreed:
+            self._agree()
         blocks = []
         for (name, _), total in bucket:
             rows = -(-self._shapes[name][0] // self._count) * self._count
@@ -206,12 +233,22 @@ class Shards(Ranks):
         bucket.clear()
         flat = torch.cat(blocks, 1)
         part = flat.new_empty(flat.shape[1])
-        reduce_scatter(part, flat.view(-1), self._group)
+        reduce_scatter(part, flat.view(-1), self._mesh.get_group(self._mesh.ndim - 1))
         if self._mesh.ndim == 2:
             dist.all_reduce(part, group=self._mesh.get_group(0))
         for key, own in zip(keys, part.split([block.shape[1] for block in blocks]), strict=True):
             shape = torch.Size((self._rows(key[0])[1], *self._shapes[key[0]][1:]))
             self._ready[key] = own[: shape.numel()].view(shape)
+
+    def _agree(self) -> None:
+        """Sums are sent without their names: were others sent elsewhere, private ones would be added to public ones."""
+        plan = zlib.crc32(repr((self._order, self._divisor)).encode())
+        if len(set(self.meet("a backward pass", float(plan)))) > 1:
+            raise PrivacyError(
+                "backward(): ranks have other parameters that are trained, another expected_batch_size, or are not all "
+                "within mixed(), with a weight above 0 or without one; let them be equal, also where rows are none"
+            )
+        self._agreed = True
 
     # --- a step --------------------------------------------------------------------------------------------------
 

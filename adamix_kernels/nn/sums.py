@@ -95,10 +95,11 @@ class StepSums:
         self.public.begin_pass()
         self.split = None
         self.staged.clear()
-        if self._engine.shards is not None:
-            self._engine.shards.begin([name for name, p in self._engine._stepped if p.requires_grad])
         if not self.totals:
             self._divisor = self._engine.expected_batch_size
+        if self._engine.shards is not None:
+            trained = [name for name, p in self._engine._stepped if p.requires_grad]
+            self._engine.shards.begin(trained, self._divisor)
         self.threshold = self._threshold_now()
         if self.grid is not None:
             self.grid.begin_pass(self.threshold)

@@ -54,6 +54,7 @@ def main(folder: Path, kind: str, dies_at: int) -> None:
         engine.load_state_dict(found.engine)
         ledger.resume_run(run, STEPS - finished)
     life = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    (folder / f"key-{life}-{dist.get_rank()}").write_text(str(engine.noise._key))
     for step in range(finished, STEPS):
         charged = ledger.charge(run)
         rows = sampler.draw()
@@ -66,16 +67,10 @@ def main(folder: Path, kind: str, dies_at: int) -> None:
     ledger.end_run(run)
     ledger.close()
     if dist.get_rank() == 0:
-        result = {
-            "life": life,
-            "finished": finished,
-            "charged": charged,
-            "steps": engine.steps,
-            "key": engine.noise._key,
-        }
+        result = {"life": life, "finished": finished, "charged": charged, "steps": engine.steps}
         (folder / "result.json").write_text(json.dumps(result))
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    distributed.stop()

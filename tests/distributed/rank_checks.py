@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo.utils
 import torch.distributed as dist
 import torch.nn.functional as F
 from spawned import device_of
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -147,7 +148,7 @@ def same_weights(kind: str, strategy: str, mode: str, recompute: bool, micro: in
     return farthest(found, reference(strategy=strategy, mode=mode))
 
 
-def compiled(strategy: str, inside: bool) -> float:
+def compiled_ddp(strategy: str, inside: bool) -> float:
     """The model that torch.compile gets is DistributedDataParallel's own, or the one around it."""
     torch.manual_seed(0)
     called, engine = attached("ddp", Model(), strategy=strategy)
@@ -245,32 +246,70 @@ def sharded(strategy: str, **options: Any) -> float:
     return farthest(found, reference(strategy=strategy, mode="fast"))
 
 
-def hybrid(strategy: str) -> tuple[float, bool]:
+def hybrid(strategy: str, mode: str, recompute: bool, micro: int) -> tuple[float, bool]:
     """Two replicas of two shards: weights, and whether noise is that of one process."""
     mesh = init_device_mesh(device_of(0).type, (2, 2), mesh_dim_names=("replicate", "shard"))
-    off = sharded(strategy, mesh=mesh)
-    _, engine = attached("fsdp", options={"mesh": mesh})
+    torch.manual_seed(0)
+    found = train("fsdp", micro, model=Model(recompute), mode=mode, strategy=strategy, options={"mesh": mesh})
+    off = farthest(found, reference(strategy=strategy, mode=mode))
+    _, engine = attached("fsdp", mode=mode, options={"mesh": mesh})
     engine.optimizer.step()
     found = {name: whole(p.grad) for name, p in engine.model.named_parameters()}
-    _, engine = attached("local")
+    _, engine = attached("local", mode=mode)
     engine.optimizer.step()
     return off, all(torch.equal(found[name], whole(p.grad)) for name, p in engine.model.named_parameters())
 
 
-def low_precision(strategy: str) -> tuple[set[str], float]:
+def low_precision(kind: str, strategy: str) -> tuple[set[str], float]:
     """Layers in bfloat16: types of the sums, and how far off they are, over the threshold."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    called, engine = attached("fsdp", options={"mp_policy": policy}, noise_multiplier=0.0, strategy=strategy)
-    backward(called, engine, own_rows("fsdp", list(range(16))))
-    kinds = {str(total.dtype) for total in engine._sums.totals.values()}
-    engine.optimizer.step()
-    found = {name: whole(p.grad) for name, p in engine.model.named_parameters()}
-    called, engine = attached("local", noise_multiplier=0.0, strategy=strategy)
-    backward(called, engine, list(range(16)))
-    engine.optimizer.step()
-    expected = {name: whole(p.grad) for name, p in engine.model.named_parameters()}
-    off = torch.cat([(found[name] - expected[name]).flatten() for name in expected]).norm()
-    return kinds, float(off / torch.cat([x.flatten() for x in expected.values()]).norm())
+    found = []
+    for now in (kind, "local"):
+        torch.manual_seed(0)
+        model = Model() if kind == "fsdp" else Model().bfloat16()
+        options = {"mp_policy": policy} if now == "fsdp" else {}
+        called, engine = attached(now, model, options=options, noise_multiplier=0.0, strategy=strategy)
+        backward(called, engine, own_rows(now, list(range(16))))
+        kinds = {str(total.dtype) for total in engine._sums.totals.values()}
+        engine.optimizer.step()
+        grads = torch.cat([whole(p.grad).float().flatten() for p in engine.model.parameters()])
+        found.append((kinds, grads))
+    (kinds, grads), (_, expected) = found
+    return kinds, float((grads - expected).norm() / expected.norm())
+
+
+def compiled(kind: str, strategy: str, mode: str) -> tuple[float, int]:
+    """torch.compile of what the loop calls, for two steps, without a compiler of C++; how many frames it compiled."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    weights = []
+    for now in (kind, "local"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(11, 23), nn.Flatten(), nn.Linear(115, 3))
+        called, engine = attached(now, model, mode=mode, strategy=strategy)
+        run = called if now == "local" else torch.compile(called, backend="aot_eager")
+        for batch in ([*range(16)], [*range(16, 32)]):
+            backward(run, engine, own_rows(now, batch))
+            engine.optimizer.step()
+            engine.optimizer.zero_grad()
+        weights.append({name: whole(p) for name, p in engine.model.named_parameters()})
+    return farthest(*weights), torch._dynamo.utils.counters["frames"]["ok"]
+
+
+def evaluated(*reshard: Any) -> float:
+    """Forward passes without gradients between backward pass and step, and between steps: weights are not old ones."""
+    weights = []
+    for kind in ("fsdp", "local"):
+        options = {"reshard_after_forward": reshard[0]} if kind == "fsdp" and reshard else {}
+        called, engine = attached(kind, options=options)
+        for batch in itertools.islice(batches(), 2):
+            backward(called, engine, own_rows(kind, batch))
+            for act in (engine.optimizer.step, engine.optimizer.zero_grad):
+                with torch.no_grad():
+                    called(data()[0][:3].to(device_of(dist.get_rank())))
+                act()
+        weights.append({name: whole(p) for name, p in engine.model.named_parameters()})
+    return farthest(*weights)
 
 
 def frozen_and_thawed() -> float:
@@ -329,8 +368,11 @@ def mixed(kind: str, strategy: str, mode: str, quantile: float | None) -> tuple[
     """Five steps on public and private rows, each rank with its own of both: weights and thresholds."""
     found = []
     limit = LIMIT if quantile is None else PublicQuantile(quantile)
-    for now in (kind, "local"):
-        settings = {"strategy": strategy, "mode": mode, "loss_reduction": "sum"}
+    options: dict[str, Any] = {}
+    if kind == "hybrid":
+        options["mesh"] = init_device_mesh(device_of(0).type, (2, 2), mesh_dim_names=("replicate", "shard"))
+    for now in ("fsdp" if kind == "hybrid" else kind, "local"):
+        settings = {"strategy": strategy, "mode": mode, "loss_reduction": "sum", "options": options}
         called, engine = attached(now, max_grad_norm=limit, **settings)
         for step, batch in enumerate(batches()):
             private = own_rows(now, [i for i in batch if i >= 6])
@@ -498,6 +540,96 @@ def refusals() -> dict[str, str]:
     inner = DistributedDataParallel(torch.compile(linear(), backend="aot_eager"))
     found["compiled inside ddp"] = refusal(lambda: engine_of(inner))
     found["group of ddp"] = refusal(lambda: engine_of(wrapped, process_group=dist.new_group()))
+    return found
+
+
+def refused_models() -> dict[str, str]:
+    """Models that are spread in a way that cannot be made private: the message of each."""
+    device = device_of(0).type
+    found: dict[str, str] = {}
+
+    def engine_of(model: nn.Module) -> DPEngine:
+        given = {"max_grad_norm": 1.0, "noise_multiplier": 1.0, "expected_batch_size": 8.0}
+        return DPEngine(model, torch.optim.SGD(model.parameters(), lr=0.1), **given)
+
+    def linear() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Linear(4, 4).to(device_of(dist.get_rank()))
+
+    found["first fsdp"] = refusal(
+        lambda: engine_of(FullyShardedDataParallel(linear(), device_id=device_of(dist.get_rank())))
+    )
+    wrapped = DistributedDataParallel(linear())
+    wrapped.mixed_precision = object()  # torch makes it with a GPU alone
+    found["mixed precision"] = refusal(lambda: engine_of(wrapped))
+    found["compiled"] = refusal(lambda: engine_of(DistributedDataParallel(torch.compile(linear()))))
+    scalar = nn.Module()
+    scalar.scale = nn.Parameter(torch.tensor(1.0))
+    found["scalar"] = refusal(lambda: fully_shard(scalar))
+    ignoring = linear()
+    fully_shard(ignoring, ignored_params={ignoring.bias})
+    found["ignored"] = refusal(lambda: engine_of(ignoring))
+    size = dist.get_world_size()
+    cube = init_device_mesh(device, (2, 1, size // 2), mesh_dim_names=("other", "replicate", "shard"))
+    part = fully_shard(linear(), mesh=cube["replicate", "shard"])
+    found["part of the ranks"] = refusal(lambda: engine_of(part))
+    several = nn.Sequential(linear(), linear())
+    fully_shard(several[0], mesh=cube["shard"])
+    fully_shard(several)
+    found["meshes"] = refusal(lambda: engine_of(several))
+    return found
+
+
+def refused_passes() -> dict[str, str]:
+    """Ranks that do not do the same in a step: the message of each on this rank."""
+    rank = dist.get_rank()
+    found: dict[str, str] = {}
+
+    def broken(kind: str, act: Callable[[nn.Module, DPEngine], None], **settings: Any) -> str:
+        called, engine = attached(kind, **settings)
+
+        def go() -> None:
+            act(called, engine)
+            engine.optimizer.step()
+
+        return refusal(go)
+
+    def on_first(called: nn.Module, engine: DPEngine) -> None:
+        """Public rows on rank 0 alone."""
+        if rank:
+            backward(called, engine, [8, 9])
+        else:
+            with engine.mixed(slice(0, 1)):
+                backward(called, engine, [8, 9])
+
+    def none_but_first(called: nn.Module, engine: DPEngine) -> None:
+        loss = called(data()[0][8:10].to(device_of(rank))).sum()
+        if not rank:
+            with engine.mixed(slice(0, 1)):
+                engine.backward(loss)
+
+    def thawed(called: nn.Module, engine: DPEngine) -> None:
+        engine.model.head.bias.requires_grad_(rank > 0)
+        backward(called, engine, [8, 9])
+
+    def other_size(called: nn.Module, engine: DPEngine) -> None:
+        engine.expected_batch_size = EXPECTED * (1 + rank)
+        backward(called, engine, [8, 9])
+        engine.expected_batch_size = EXPECTED
+
+    adaptive = {"max_grad_norm": PublicQuantile(0.7, start=1.0)}
+    found["a pass"] = broken("plain", none_but_first, **adaptive)
+    found["a quantile"] = broken("ddp", on_first, **adaptive)
+    found["a quantile of shards"] = broken("fsdp", on_first, **adaptive)
+    found["public rows of shards"] = broken("fsdp", on_first)
+    found["a pass of shards"] = broken("fsdp", none_but_first, options={"reshard_after_forward": False})
+    found["trained shards"] = broken("fsdp", thawed)
+    found["the divisor of shards"] = broken("fsdp", other_size)
+    if dist.get_world_size() > 2:
+        mine: dict[str, Any] = {"options": {"reshard_after_forward": 2}}
+        found["some ranks"] = broken("fsdp", lambda called, engine: backward(called, engine, [8, 9]), **mine)
+    layers = {"strategy": "per_layer", "mode": "secure", "loss_reduction": "sum"}
+    found["layers"] = broken("plain", lambda called, engine: None, **layers, **adaptive)
     return found
 
 

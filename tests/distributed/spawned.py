@@ -49,6 +49,8 @@ def _run(
         except Exception:  # the others may wait for this rank: it cannot go on
             results[name] = AssertionError(traceback.format_exc())
             break
+    if os.environ.get("SHOW"):
+        print(f"{size} {time.process_time():6.2f} s of the processor on rank {rank}", flush=True)
     (folder / f"result-{size}-{rank}").write_bytes(pickle.dumps(results))
     if len(results) == len(checks):
         dist.barrier()

@@ -22,6 +22,7 @@ from adamix.errors import InputError
 from adamix.ledger import Ledger
 
 HERE = Path(__file__).parent
+TIMEOUT = distributed.TIMEOUT.total_seconds()
 
 
 def launch(folder: Path, kind: str, ranks: int, dies_at: int) -> subprocess.CompletedProcess[str]:
@@ -41,6 +42,8 @@ def test_torchrun_goes_on_after_a_rank_was_killed(tmp_path: Path, kind: str) -> 
     result = json.loads((tmp_path / "result.json").read_text())
     assert (result["life"], result["finished"], result["steps"]) == (1, 2, 5)
     assert result["charged"] == 6  # the step that was broken off twice
+    keys = [[(tmp_path / f"key-{life}-{rank}").read_text() for rank in (0, 1)] for life in (0, 1)]
+    assert keys[0][0] == keys[0][1] != keys[1][0] == keys[1][1]
     with Ledger(tmp_path / "rows.ledger") as ledger:
         assert ledger.runs[0].charged == 6 and ledger.runs[0].ended
     assert sorted(p.name for p in (tmp_path / "run").glob("*.json")) == ["step-0000004.json", "step-0000005.json"]
@@ -66,12 +69,19 @@ def _leave(rank: int, size: int, folder: Path, how: int, timeout: float) -> None
     except RuntimeError:
         same = all(torch.equal(old, p.detach()) for old, p in zip(before, engine.model.parameters(), strict=False))
         clean = all(p.grad is None for _, p in engine._stepped)
-        (folder / f"left-{rank}").write_text(f"{time.monotonic()} {same and clean}")
+        (folder / f"left-{rank}").write_text(f"{same and clean}")
         raise
 
 
-@pytest.mark.parametrize(("how", "timeout"), [(signal.SIGKILL, 60.0), (signal.SIGSTOP, 5.0)])
-def test_ranks_leave_when_one_is_gone(tmp_path: Path, how: int, timeout: float) -> None:
+@pytest.mark.parametrize(
+    ("how", "timeout", "limit"),
+    [
+        (signal.SIGKILL, TIMEOUT, 60.0),
+        (signal.SIGSTOP, 5.0, 20.0),
+        pytest.param(signal.SIGSTOP, TIMEOUT, 60.0, marks=pytest.mark.slow),
+    ],
+)
+def test_ranks_leave_when_one_is_gone(tmp_path: Path, how: int, timeout: float, limit: float) -> None:
     """At once where the connection breaks, after the timeout where a rank only stands still; no gradient is left."""
     context: Any = multiprocessing.get_context("forkserver")
     ranks = [context.Process(target=_leave, args=(rank, 4, tmp_path, how, timeout)) for rank in range(4)]
@@ -79,12 +89,12 @@ def test_ranks_leave_when_one_is_gone(tmp_path: Path, how: int, timeout: float) 
         process.start()
     for process in ranks[:-1]:
         process.join(120)
+    ended = time.monotonic()
     assert ranks[-1].pid is not None
     if how == signal.SIGSTOP:
         os.kill(ranks[-1].pid, signal.SIGKILL)
     ranks[-1].join(10)
     assert all(process.exitcode for process in ranks)
-    for rank in range(3):
-        began = float((tmp_path / f"began-{rank}").read_text())
-        left, clean = (tmp_path / f"left-{rank}").read_text().split()
-        assert float(left) - began < timeout + 25 and clean == "True"
+    died = float((tmp_path / "began-3").read_text())
+    assert ended - died < limit
+    assert all((tmp_path / f"left-{rank}").read_text() == "True" for rank in range(3))

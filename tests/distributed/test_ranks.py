@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,10 @@ import rank_checks as checks
 import spawned
 import torch
 from rank_checks import KINDS
+from torch.distributed.tensor import Shard
+
+from adamix_kernels import PrivacyError
+from adamix_kernels.nn.sharded import Shards
 
 STRATEGIES = ("auto", "book_keeping", "materialize", "per_layer", "two_pass")
 CELLS = [
@@ -19,8 +24,17 @@ CELLS += [(kind, strategy, "secure", False, 1) for kind in KINDS for strategy in
 CELLS += [(kind, strategy, "fast", False, 2) for kind in KINDS for strategy in ("auto", "per_layer", "two_pass")]
 MIXED = [(kind, strategy, "fast", 0.7) for kind in KINDS for strategy in ("auto", "per_layer", "two_pass")]
 MIXED += [(kind, "auto", mode, q) for kind in KINDS for mode, q in (("fast", None), ("secure", 0.7))]
+MIXED_HYBRID = [("hybrid", strategy, "fast", 0.7) for strategy in ("auto", "per_layer")]
+MIXED_HYBRID += [("hybrid", "auto", "secure", 0.7)]
+HYBRID = [(strategy, "fast", False, 1) for strategy in STRATEGIES]
+HYBRID += [(strategy, "secure", False, 1) for strategy in ("auto", "per_layer")]
+HYBRID += [("auto", "fast", True, 1), ("two_pass", "fast", True, 1), ("per_layer", "fast", False, 2)]
+LOW = [(kind, strategy) for kind in ("ddp", "fsdp") for strategy in ("auto", "per_layer")]
+COMPILED = [(kind, strategy, "fast") for kind in KINDS for strategy in ("auto", "per_layer")]
+COMPILED += [(kind, "auto", "secure") for kind in KINDS]
+EVALUATED: list[tuple[Any, ...]] = [(), (True,), (False,)]  # reshard_after_forward
 
-COMPILED = [(strategy, inside) for strategy in ("auto", "per_layer") for inside in (False, True)]
+COMPILED_DDP = [(strategy, inside) for strategy in ("auto", "per_layer") for inside in (False, True)]
 
 
 def plan(size: int, folder: Path) -> list[tuple[str, Any, tuple[Any, ...]]]:
@@ -39,19 +53,24 @@ def plan(size: int, folder: Path) -> list[tuple[str, Any, tuple[Any, ...]]]:
         found.append((f"resumed {kind}", checks.resumed, (kind, folder / kind)))
     found += [(f"mixed {cell}", checks.mixed, cell) for cell in MIXED]
     found += [(f"micro {kind}", checks.micro_batches_on_one_rank, (kind,)) for kind in ("plain", "ddp")]
-    found += [(f"compiled {cell}", checks.compiled, cell) for cell in COMPILED]
+    found += [(f"inside or around {cell}", checks.compiled_ddp, cell) for cell in COMPILED_DDP]
     found += [("one ledger", checks.one_ledger, (folder,)), ("damaged", checks.damaged, (folder / f"damaged-{size}",))]
     names = (
         "doubt_on_one_rank gathered stateless refusals thresholds_differ key_is_shared frozen_and_thawed shared_table"
     )
     found += [(name, getattr(checks, name), ()) for name in names.split()]
-    found += [(f"low precision {strategy}", checks.low_precision, (strategy,)) for strategy in ("auto", "per_layer")]
+    found += [(f"low precision {cell}", checks.low_precision, cell) for cell in LOW]
+    found += [(f"evaluated {reshard}", checks.evaluated, reshard) for reshard in EVALUATED]
+    found += [("models", checks.refused_models, ()), ("passes", checks.refused_passes, ())]
     found += [
         ("kept unsharded", keep_unsharded, ("auto",)),
         ("kept unsharded by layer", keep_unsharded, ("per_layer",)),
     ]
+    if size == 2:
+        found += [(f"compiled {cell}", checks.compiled, cell) for cell in COMPILED]
     if size == 4:
-        found += [(f"hybrid {strategy}", checks.hybrid, (strategy,)) for strategy in ("auto", "per_layer")]
+        found += [(f"hybrid {cell}", checks.hybrid, cell) for cell in HYBRID]
+        found += [(f"mixed {cell}", checks.mixed, cell) for cell in MIXED_HYBRID]
     return found
 
 
@@ -63,7 +82,7 @@ def keep_unsharded(strategy: str) -> float:
 LOOKS_AT = {
     "test_weights_are_those_of_one_process": "same",
     "test_public_rows_are_those_of_all_ranks": "mixed",
-    "test_a_compiled_model_has_the_same_weights": "compiled",
+    "test_a_compiled_model_has_the_same_weights": "inside or around",
     "test_noise_is_drawn_once": "noise",
     "test_buckets_change_nothing": "a_large_bucket_is_many",
     "test_ranks_may_have_other_numbers_of_passes": "micro",
@@ -72,6 +91,7 @@ LOOKS_AT = {
     "test_sums_of_low_precision_are_float32": "low precision",
     "test_sharded_models_of_other_kinds": "kept unsharded, frozen_and_thawed, shared_table",
     "test_replicas_of_shards": "hybrid",
+    "test_public_rows_of_replicas_of_shards": "mixed ('hybrid'",
     "test_detach_leaves_no_trace": "detached",
     "test_a_checkpoint_goes_on_with_other_ranks": "saved, resumed",
     "test_one_ledger_stops_all_ranks": "one ledger",
@@ -80,7 +100,11 @@ LOOKS_AT = {
     "test_a_step_that_makes_the_state_of_an_optimizer_is_none": "stateless",
     "test_all_ranks_have_one_key": "key_is_shared",
     "test_noise_follows_the_largest_threshold": "thresholds_differ",
+    "test_compiled_models_are_those_of_one_process": "compiled",
+    "test_an_evaluation_changes_nothing": "evaluated",
     "test_refused_on_all_ranks": "refusals",
+    "test_refused_models": "models",
+    "test_refused_where_ranks_do_not_do_the_same": "passes",
 }
 
 
@@ -129,9 +153,9 @@ def test_public_rows_are_those_of_all_ranks(job: list[dict[str, Any]], cell: tup
         torch.testing.assert_close(thresholds, results(job, f"mixed {cell}")[0][1][0], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("cell", COMPILED, ids=str)
+@pytest.mark.parametrize("cell", COMPILED_DDP, ids=str)
 def test_a_compiled_model_has_the_same_weights(job: list[dict[str, Any]], cell: tuple[Any, ...]) -> None:
-    assert max(results(job, f"compiled {cell}")) < 1e-6
+    assert max(results(job, f"inside or around {cell}")) < 1e-6
 
 
 @pytest.mark.parametrize("mode", ["fast", "secure"])
@@ -160,10 +184,25 @@ def test_ranks_join_one_that_runs_its_layers_again(job: list[dict[str, Any]]) ->
     assert max(results(job, "doubt_on_one_rank")) < 1e-6
 
 
-@pytest.mark.parametrize("strategy", ["auto", "per_layer"])
-def test_sums_of_low_precision_are_float32(job: list[dict[str, Any]], strategy: str) -> None:
-    for kinds, off in results(job, f"low precision {strategy}"):
-        assert kinds == {"torch.float32"} and 0 < off < 0.03
+@pytest.mark.parametrize("cell", LOW, ids=str)
+def test_sums_of_low_precision_are_float32(job: list[dict[str, Any]], cell: tuple[str, str]) -> None:
+    """Of a sharded model against one in float32, else against the same on one process."""
+    for kinds, off in results(job, f"low precision {cell}"):
+        assert kinds == {"torch.float32"}
+        assert 0 < off < 0.03 if cell[0] == "fsdp" else off < 0.005
+
+
+@pytest.mark.parametrize("cell", COMPILED, ids=str)
+def test_compiled_models_are_those_of_one_process(
+    jobs: dict[int, list[dict[str, Any]]], cell: tuple[str, str, str]
+) -> None:
+    for off, frames in results(jobs[2], f"compiled {cell}"):
+        assert off < 1e-6 and frames
+
+
+@pytest.mark.parametrize("reshard", EVALUATED, ids=str)
+def test_an_evaluation_changes_nothing(job: list[dict[str, Any]], reshard: tuple[Any, ...]) -> None:
+    assert max(results(job, f"evaluated {reshard}")) < 1e-6
 
 
 @pytest.mark.parametrize("name", ["kept unsharded", "kept unsharded by layer", "frozen_and_thawed", "shared_table"])
@@ -171,10 +210,15 @@ def test_sharded_models_of_other_kinds(job: list[dict[str, Any]], name: str) -> 
     assert max(results(job, name)) < 1e-6
 
 
-@pytest.mark.parametrize("strategy", ["auto", "per_layer"])
-def test_replicas_of_shards(jobs: dict[int, list[dict[str, Any]]], strategy: str) -> None:
-    for off, equal in results(jobs[4], f"hybrid {strategy}"):
+@pytest.mark.parametrize("cell", HYBRID, ids=str)
+def test_replicas_of_shards(jobs: dict[int, list[dict[str, Any]]], cell: tuple[Any, ...]) -> None:
+    for off, equal in results(jobs[4], f"hybrid {cell}"):
         assert off < 1e-6 and equal
+
+
+@pytest.mark.parametrize("cell", MIXED_HYBRID, ids=str)
+def test_public_rows_of_replicas_of_shards(jobs: dict[int, list[dict[str, Any]]], cell: tuple[Any, ...]) -> None:
+    test_public_rows_are_those_of_all_ranks(jobs[4], cell)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -250,6 +294,57 @@ def test_refused_on_all_ranks(job: list[dict[str, Any]], name: str) -> None:
             assert "users have rows on several ranks" in found[name]
         else:
             assert REFUSED[name] in found[name]
+
+
+REFUSED_MODELS = {
+    "first fsdp": "is FSDP's first version",
+    "mixed precision": "DistributedDataParallel with mixed_precision is not supported",
+    "compiled": "model: is the result of torch.compile()",
+    "scalar": "fully_shard doesn't support scalar parameters",  # torch itself
+    "ignored": "parameter 'bias' is not sharded",
+    "part of the ranks": "has two dimensions but not all ranks",
+    "meshes": "its parameters are on several device meshes",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_MODELS)
+def test_refused_models(job: list[dict[str, Any]], name: str) -> None:
+    assert all(REFUSED_MODELS[name] in found[name] for found in results(job, "models"))
+
+
+REFUSED_PASSES = {
+    "a pass": "rank 0 is in a gathering of public rows, rank 1 in optimizer.step()",
+    "a quantile": "rank 0 is in a gathering of public rows, rank 1 in optimizer.step()",
+    "a quantile of shards": "rank 0 is in a gathering of public rows, rank 1 in a backward pass",
+    "public rows of shards": "backward(): ranks have other parameters that are trained",
+    "a pass of shards": "rank 0 is in a backward pass, rank 1 in optimizer.step()",
+    "trained shards": "backward(): ranks have other parameters that are trained",
+    "the divisor of shards": "backward(): ranks have other parameters that are trained",
+    "some ranks": "is cut otherwise after a forward pass; pass reshard_after_forward=True or False",
+    "layers": "PublicQuantile with 'per_layer' and secure noise is not supported over several ranks",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_PASSES)
+def test_refused_where_ranks_do_not_do_the_same(job: list[dict[str, Any]], name: str) -> None:
+    """On all of them, before a number of one is taken for another of the next."""
+    if name == "some ranks" and len(job) == 2:
+        pytest.skip("two ranks are all of them")
+    assert all(REFUSED_PASSES[name] in found[name] for found in results(job, "passes"))
+
+
+@pytest.mark.parametrize(
+    ("device", "shape", "message"),
+    [("cuda", (3,), "leave CPUOffloadPolicy out"), ("cpu", (), r"give it the shape \[1\]")],
+)
+def test_shards_that_are_elsewhere_or_nowhere(device: str, shape: tuple[int, ...], message: str) -> None:
+    """On a GPU alone parameters can be offloaded."""
+    part = torch.zeros(shape)
+    p = SimpleNamespace(
+        placements=(Shard(0),), device_mesh=SimpleNamespace(device_type=device), to_local=lambda: part, dim=part.dim
+    )
+    with pytest.raises(PrivacyError, match=message):
+        Shards._check_placement("weight", p)
 
 
 @pytest.mark.gpu

@@ -299,8 +299,8 @@ LOOP_MUTANTS = [
     Mutant(
         "sums of a failed backward pass are kept",
         SUMS,
-        "        self.staged.clear()\n        if self._engine.shards is not None:",
-        "        if self._engine.shards is not None:",
+        "        self.staged.clear()\n        if not self.totals:",
+        "        if not self.totals:",
         (f"{STEPS}::test_a_failed_backward_pass_leaves_nothing",),
     ),
     Mutant(

@@ -15,6 +15,7 @@ _RANKS = "tests/distributed/test_ranks.py"
 SAME_NOISE = f"{_RANKS}::test_noise_is_drawn_once"
 SAME_WEIGHTS = f"{_RANKS}::test_weights_are_those_of_one_process"
 REFUSED = f"{_RANKS}::test_refused_on_all_ranks"
+SAME_PASSES = f"{_RANKS}::test_refused_where_ranks_do_not_do_the_same"
 RANK_SAMPLES = "tests/nn/test_sampler.py"
 
 _FIRST = "first = min(self.rank * width, count)"
@@ -114,6 +115,27 @@ DISTRIBUTED_MUTANTS = [
         _TAKEN,
         "taken = taken[taken < -(-self.num_samples // self.world_size)] * self.world_size + self.rank",
         (RANK_SAMPLES,),
+    ),
+    Mutant(
+        "ranks take numbers from elsewhere",
+        RANKS,
+        "            if other != found[0][0]:\n",
+        "            if other != found[0][0] and place == PLACES[1]:\n",
+        (SAME_PASSES,),
+    ),
+    Mutant(
+        "sums of shards are sent without a plan",
+        SHARDED,
+        'if len(set(self.meet("a backward pass", float(plan)))) > 1:',
+        'if len(self.meet("a backward pass", float(plan))) > self.size:',
+        (SAME_PASSES,),
+    ),
+    Mutant(
+        "weights of an evaluation are used after the step",
+        "adamix_kernels/nn/engine.py",
+        "                self.shards.rest()\n",
+        "                pass\n",
+        (f"{_RANKS}::test_an_evaluation_changes_nothing",),
     ),
     Mutant(
         "ranks go on when rank 0 could not charge",
