@@ -65,7 +65,7 @@ class DPOptimizer(opacus.optimizers.DPOptimizer):
         self.engine, self._passes = engine, passes
         self._uncleared = False
         super().__init__(optimizer, **settings)
-        engine._handles.append(optimizer.register_step_pre_hook(self._account))
+        engine._attached.handles.append(optimizer.register_step_pre_hook(self._account))
 
     @property
     def noise_multiplier(self) -> float:
@@ -126,7 +126,7 @@ class DPOptimizer(opacus.optimizers.DPOptimizer):
 
     def zero_grad(self, set_to_none: bool = False) -> None:
         with torch._C.DisableTorchFunctionSubclass():  # after a skipped step the sum stays
-            self.engine._zero_grad(set_to_none)
+            self.engine._attached.zero_grad(set_to_none)
         self._passes.drop()
         self._uncleared = False
 

@@ -110,7 +110,7 @@ class PublicThresholds:
     def layers(self) -> frozenset[str]:
         """Those that are trained."""
         with torch._C.DisableTorchFunctionSubclass():
-            return frozenset(self._engine.layers[name] for name, p in self._engine._stepped if p.requires_grad)
+            return frozenset(self._engine.layers[name] for name, p in self._engine._attached.stepped if p.requires_grad)
 
     # --- what is known -------------------------------------------------------------------------------------------
 
@@ -145,7 +145,7 @@ class PublicThresholds:
         self._fixed.add(name)
 
     def _scalar(self, value: float) -> Tensor:
-        return torch.tensor(value, dtype=torch.float64, device=next(p.device for _, p in self._engine._owned))
+        return torch.tensor(value, dtype=torch.float64, device=next(p.device for _, p in self._engine._attached.owned))
 
     def _share(self, value: float, name: str | None) -> float:
         return value / math.sqrt(max(1, len(self.layers))) if value and name is not None else value

@@ -29,7 +29,7 @@ def agree(sums: StepSums, ranks: Ranks, trained: Sequence[tuple[str, Tensor]], l
             "max_grad_norm: a PublicQuantile with 'per_layer' and secure noise is not supported over several ranks; "
             "pass strategy='auto'"
         )
-    named = [] if engine.shards is not None else engine._stepped  # frozen ones too: rows must be equally long
+    named = [] if engine.shards is not None else engine._attached.stepped  # frozen ones too: rows must be equally long
     public = [p.grad is not None and p.requires_grad for _, p in named]
     waits = isinstance(limit, Tensor) and limit.device.type != "cpu" and not by_layer
     equal = {

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -131,6 +132,14 @@ def check_grads(trained: Sequence[tuple[str, Tensor]], known: set[str]) -> None:
                 "samples without noise; set it within public() if it does not. torch.distributed.checkpoint makes the "
                 "state of an optimizer by such a step: call get_state_dict() within restoring()"
             )
+
+
+def check_step(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """No closure, and no backward pass around it."""
+    if any(callable(x) for x in (*args, *kwargs.values())):
+        raise PrivacyError("optimizer.step(closure): backward passes within a step have no noise; call step() alone")
+    if torch._C._current_graph_task_id() != -1:
+        raise PrivacyError("optimizer.step() within backward(): the sums are not complete; call it afterwards")
 
 
 def check_restoring(grads: Iterable[Tensor | None], sums: Mapping[str, Tensor]) -> None:

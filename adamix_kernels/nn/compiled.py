@@ -76,7 +76,8 @@ class _Tap(torch.autograd.Function):
 
 def tap(out: Tensor, x: Tensor, spec: str, *targets: Any) -> Tensor:
     trained = [p for p in targets if p is not None and p.requires_grad]
-    result: Tensor = _Tap.apply(out, trained[0]._dp_engine._token, x.detach(), spec, *[p._dp_index for p in trained])
+    token = trained[0]._dp_engine._forwards.token
+    result: Tensor = _Tap.apply(out, token, x.detach(), spec, *[p._dp_index for p in trained])
     return result
 
 
@@ -86,7 +87,8 @@ def enter(engine: DPEngine, inputs: Sequence[Tensor], labels: Any) -> Tensor | N
         return None
     found = [x.detach() for x in inputs if x.dim() > 0]
     begun: Tensor = _Enter.apply(engine._sink, labels if isinstance(labels, Tensor) else None, *found)
-    engine._entered = begun.detach()  # a result of the graph, or the partitioner moves enter() to the backward pass
+    # a result of the graph, or the partitioner moves enter() to the backward pass
+    engine._forwards.entered = begun.detach()
     return begun
 
 
@@ -102,7 +104,7 @@ def dispatch(
         ordinary = not torch.is_grad_enabled() or (private and private[0]._dp_engine._public > 0)
         if private and ordinary and not watched:
             return func(*args, **kwargs)
-        if func in RULES and private and private[0]._dp_engine._token is not None:
+        if func in RULES and private and private[0]._dp_engine._forwards.token is not None:
             result = RULES[func](*args, **kwargs)
             if result is not NotImplemented:
                 return result

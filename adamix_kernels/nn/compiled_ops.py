@@ -73,14 +73,15 @@ def _define(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., An
 )
 def _enter(sink: Tensor, inputs: Sequence[Tensor], labels: Tensor | None) -> Tensor:
     engine = _ENGINES[int(sink[0])]
-    engine._begin_forward(inputs, {} if labels is None else {"labels": labels})
+    engine._forwards.begin(inputs, {} if labels is None else {"labels": labels})
     return numbers_of(engine)
 
 
 def numbers_of(engine: DPEngine) -> Tensor:
     """A token of the forward pass that has begun, without its history."""
-    samples = -1 if engine.batch_size is None else engine.batch_size
-    return torch.tensor([engine._number, engine._forwards, samples], dtype=torch.float64)
+    forwards = engine._forwards
+    samples = -1 if forwards.batch_size is None else forwards.batch_size
+    return torch.tensor([engine._number, forwards.count, samples], dtype=torch.float64)
 
 
 def token(engine: DPEngine) -> Tensor:
@@ -95,9 +96,9 @@ def token(engine: DPEngine) -> Tensor:
 def _record(x: Tensor, backprops: Tensor, token: Tensor, indices: Sequence[Tensor], spec: str) -> Tensor:
     number, forward, samples = (int(value) for value in token.tolist())
     engine = _ENGINES.get(number)
-    if engine is None or not engine._owned:
+    if engine is None or not engine._attached.owned:
         raise PrivacyError("backward() goes through a compiled model whose DPEngine was detached; run forward() again")
-    targets = [engine._owned[int(index[1])][1] for index in indices]
+    targets = [engine._attached.owned[int(index[1])][1] for index in indices]
     nothing = torch.zeros(TOKEN, dtype=torch.float64)
     if not executes(torch.autograd.graph.get_gradient_edge(engine._sink).node, targets):
         return nothing  # torch.autograd.grad() of the inputs alone
@@ -126,14 +127,15 @@ def _record(x: Tensor, backprops: Tensor, token: Tensor, indices: Sequence[Tenso
 @contextmanager
 def _forward_of(engine: DPEngine, forward: int, samples: int | None) -> Iterator[None]:
     """Rules see the batch of a forward pass, which need not be the last one."""
-    kept = engine.batch_size, engine.input_storages
-    engine.batch_size = samples
-    if forward != engine._forwards:
-        engine.input_storages = set()  # not known any more: what was an input is in doubt
+    forwards = engine._forwards
+    kept = forwards.batch_size, forwards.input_storages
+    forwards.batch_size = samples
+    if forward != forwards.count:
+        forwards.input_storages = set()  # not known any more: what was an input is in doubt
     try:
         yield
     finally:
-        engine.batch_size, engine.input_storages = kept
+        forwards.batch_size, forwards.input_storages = kept
 
 
 class Arrived:
@@ -161,7 +163,7 @@ def _check(engine: DPEngine, x: Tensor, settings: Mapping[str, Any], targets: Se
 
 
 def check_doubts(engine: DPEngine) -> None:
-    rules, size = engine._rules, engine.batch_size
+    rules, size = engine._rules, engine._forwards.batch_size
     doubtful, rules.doubtful = rules.doubtful - rules.told, set()
     if doubtful and not rules.probing:
         found = ", ".join(repr(name) for name in sorted({name for name, _ in doubtful}))

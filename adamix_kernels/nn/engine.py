@@ -2,45 +2,40 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from adamix_kernels.nn import attention as _attention  # noqa: F401  attaches rules
 from adamix_kernels.nn import compiled
 from adamix_kernels.nn import recurrent as _recurrent  # noqa: F401
 from adamix_kernels.nn import rules_layers as _rules_layers  # noqa: F401
 from adamix_kernels.nn.adaptive import PublicQuantile
+from adamix_kernels.nn.attach import Attachment
 from adamix_kernels.nn.checks import (
     check_free,
     check_grads,
-    check_labels,
-    check_modules,
     check_parameters,
     check_restoring,
     check_settings,
+    check_step,
     check_uncompiled,
     check_unit,
-    mixing,
 )
 from adamix_kernels.nn.clipping import checked
-from adamix_kernels.nn.distributed import Undo, Unsynchronised, agreed_noise, ranks_of, settings_of, unwrapped
+from adamix_kernels.nn.distributed import agreed_noise, ranks_of, settings_of, unwrapped
 from adamix_kernels.nn.errors import PrivacyError
-from adamix_kernels.nn.hooks import Hook, ZeroGrad, outside
+from adamix_kernels.nn.forwards import Forwards
+from adamix_kernels.nn.hooks import outside
 from adamix_kernels.nn.metrics import Metrics
 from adamix_kernels.nn.mixed import PublicRows
-from adamix_kernels.nn.parameter import PrivateParameter, storage, untraced
 from adamix_kernels.nn.passes import Passes
-from adamix_kernels.nn.probe import tell_apart
 from adamix_kernels.nn.rules import Rules
 from adamix_kernels.nn.subspace import PublicSubspace
 from adamix_kernels.nn.sums import StepSums
-from adamix_kernels.nn.tap import check_autograd
 from adamix_kernels.nn.validate import validate
 from adamix_kernels.ops.noise import Noise, warn_if_fast
 
@@ -128,10 +123,9 @@ class DPEngine:
             raise ValueError("measure_signal: is not measured over several ranks; pass False")
         self.shards = self.ranks.shards if self.ranks is not None else None
         check_free(model, self.shards is not None)
-        self._mixing = mixing(model)
-        check_modules(self._mixing)
-        check_parameters(model.named_parameters(), optimizer)
         self.model, self.optimizer = model, optimizer
+        self._forwards = Forwards(self)
+        check_parameters(model.named_parameters(), optimizer)
         self.noise_multiplier, self.expected_batch_size = float(noise_multiplier), float(expected_batch_size)
         self.strategy = strategy
         self.clipping, self.loss_reduction, self.loss_scale = clipping, loss_reduction, float(loss_scale)
@@ -141,102 +135,25 @@ class DPEngine:
             warn_if_fast(self.noise.mode, stacklevel=2)
         self.steps = 0
         self.layers = {name: name.rpartition(".")[0] for name, _ in model.named_parameters()}
-        self._owned: list[tuple[str, PrivateParameter]] = []
-        self._stepped: list[tuple[str, Tensor]] = []  # the same, or what is sharded of them
+        self._attached = Attachment(self)
         self.public_rows: PublicRows | None = None  # of the backward passes within mixed()
         self.max_grad_norm = max_grad_norm
         self._subspace: PublicSubspace | None = None
         self._sums = StepSums(self, unit)
-        self.batch_size: int | None = None
-        self.forward_number: int | None = None
-        self.input_storages: set[int] = set()
-        self._forwards = 0
         self._public = 0
-        self._pulls = 0
-        self._known_grads: set[str] = set()  # parameters whose .grad is of public rows, or of a step
         self._rules, self._passes = Rules(self), Passes(self)
         self._number, self._sink = compiled.announce(self)
-        self._token: Tensor | None = None  # of a forward pass, for what of it is compiled
-        self._entered: Tensor | None = None  # the same of one that is compiled as a whole
-        self._handles: list[Any] = []
         self._restoring = False
         if self.ranks is not None:
             self.ranks.check_equal(settings_of(self, unit))
             self.ranks.check_weights(list(model.named_parameters()))
-        self._attach()
-        if wrapper is not model:
-            self._wrap(wrapper)
-
-    # --- attaching -----------------------------------------------------------------------------------------------
-
-    def _attach(self) -> None:
-        named = list(self.model.named_parameters())
-        for name, parameter in named if self.shards is None else self.shards.unsharded():
-            parameter.__class__ = PrivateParameter
-            assert isinstance(parameter, PrivateParameter)
-            parameter._dp_engine, parameter._dp_name = self, name
-            parameter._dp_index = torch.tensor([self._number, len(self._owned)])
-            self._owned.append((name, parameter))
-        self._stepped += named
-        self._watch()
-        self._handles += [
-            self.model.register_forward_pre_hook(Hook(self._before_forward, traced=True), with_kwargs=True),
-            self.model.register_forward_hook(
-                Hook(self._after_forward, traced=True), with_kwargs=True, always_call=True
-            ),
-            self.optimizer.register_step_pre_hook(Hook(self._before_step)),
-            self.optimizer.register_step_post_hook(Hook(self._after_step)),
-        ]
-        vars(self.model)["zero_grad"] = ZeroGrad(self.model, self._drop_all)
-        self._zero_grad = self.optimizer.zero_grad
-        self._own_zero_grad = vars(self.optimizer).get("zero_grad")
-        self.optimizer.zero_grad = self.zero_grad  # type: ignore[method-assign]
-
-    def _wrap(self, wrapper: nn.Module) -> None:
-        """The model's DistributedDataParallel, which has no gradients to add."""
-        self._handles.append(Unsynchronised(wrapper))
-        vars(wrapper)["zero_grad"] = ZeroGrad(wrapper, self._drop_all)
-        self._handles.append(Undo(lambda: vars(wrapper).pop("zero_grad")))
+        self._attached.attach(wrapper)
 
     def detach(self) -> None:
         """Take the engine off: the model and the optimizer are as they were. Sums of an unfinished step are lost."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        for _, parameter in self._owned:
-            parameter.__class__ = nn.Parameter  # type: ignore[assignment]
-            for mark in ("_dp_engine", "_dp_name", "_dp_index", "_dp_guarded"):
-                vars(parameter).pop(mark, None)
-            if not parameter._backward_hooks:
-                parameter._backward_hooks = None
-        if self._owned:
-            del self.optimizer.zero_grad, vars(self.model)["zero_grad"]
-            if self._own_zero_grad is not None:
-                self.optimizer.zero_grad = self._own_zero_grad  # type: ignore[method-assign]
-        self._owned.clear()
-        self._stepped.clear()
+        self._attached.detach()
         self._forget()
         self._subspace = None
-
-    def _watch(self) -> None:
-        """An ordinary gradient that reaches a private parameter came by a way without a rule."""
-        with torch._C.DisableTorchFunctionSubclass():
-            for name, parameter in self._owned:
-                parameter.__class__ = PrivateParameter  # where a step failed it is not
-                if parameter.requires_grad and not parameter._dp_guarded:
-                    self._handles.append(parameter.register_hook(Hook(functools.partial(self._refuse, name))))
-                    parameter._dp_guarded = True
-
-    @untraced
-    def _refuse(self, name: str, grad: Tensor | None) -> None:
-        if grad is not None and self._public:
-            self._known_grads.add(name)
-        elif grad is not None and not self._pulls:
-            raise PrivacyError(
-                f"parameter {name!r} gets an ordinary gradient, which no rule has clipped. If the rows are public, run "
-                "forward() and backward() within public(); if it is used by a compiled function or through indexing, "
-                "use it in a torch function that has a rule, or freeze it"
-            )
 
     # --- forward and backward ------------------------------------------------------------------------------------
 
@@ -335,68 +252,13 @@ class DPEngine:
 
         Source: Golatkar et al. 2022 (arXiv 2203.11481), section 4.
         """
-        if self.ranks is not None:
-            raise PrivacyError("public_subspace(): coordinates are not added up over ranks; train in one process")
-        if isinstance(self.max_grad_norm, PublicQuantile):
-            raise ValueError("max_grad_norm: is a PublicQuantile; set it to a number, and pass quantile= here")
-        if self._sums.begun:
-            raise PrivacyError("public_subspace(): a backward pass waits for its step; call it before")
         self._subspace = PublicSubspace(self, rank, energy, every, parameters, quantile, max_bytes)
         return self._subspace
-
-    @contextmanager
-    def _pulling(self) -> Iterator[None]:
-        self._pulls += 1
-        try:
-            with torch.enable_grad():
-                yield
-        finally:
-            self._pulls -= 1
 
     @property
     def keeps_factors(self) -> bool:
         """Whether gradients wait for the norms of all layers."""
         return self.strategy in ("auto", "book_keeping", "materialize")
-
-    def _before_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if torch.compiler.is_compiling():
-            self._token = compiled.enter(self, _leaves(args, kwargs), kwargs.get("labels"))
-            return
-        self._token = None
-        if not torch.is_grad_enabled() or self.is_public:
-            return
-        self._begin_forward([x for x in _leaves(args, kwargs) if x.dim() > 0], kwargs)
-        self.forward_number = self._forwards
-        self._token = compiled.token(self)
-
-    @untraced
-    def _begin_forward(self, found: Sequence[Tensor], kwargs: Mapping[str, Any]) -> None:
-        check_autograd()
-        check_modules(self._mixing)
-        if self.loss_reduction == "mean":
-            check_labels(kwargs)
-        self._watch()
-        if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in found):
-            raise PrivacyError(
-                "model: called within torch.func, whose gradients are not clipped; for public rows do it within "
-                "public(), or use torch.autograd.grad() for gradients of the inputs"
-            )
-        self.batch_size = found[0].shape[0] if found else None
-        self.input_storages = {storage(x) for x in found if x.shape[0] == self.batch_size}
-        self._forwards += 1
-
-    def _after_forward(self, module: nn.Module, args: Any, kwargs: Any, outputs: Any) -> None:
-        if torch.compiler.is_compiling():
-            self._token = None
-            return
-        began, self.forward_number = self.forward_number, None
-        if began is not None and outputs is not None:
-            for x in _leaves((outputs,), {}):
-                if x.grad_fn is not None:
-                    x.grad_fn.register_prehook(Hook(lambda _, began=began: self._passes.come_through(began)))
-            if self.shards is not None:
-                self.shards.check_placed()
-            tell_apart(self, module, args, kwargs)
 
     def backward(self, loss: Tensor) -> None:
         """`loss.backward()`, twice where the strategy is "two_pass": for the norms, then for the clipped sums."""
@@ -442,34 +304,20 @@ class DPEngine:
         with torch._C.DisableTorchFunctionSubclass():
             if self.shards is not None:
                 self.shards.rest()
-            check_parameters(self.model.named_parameters(), optimizer, {id(p) for _, p in self._stepped})
-        if any(callable(x) for x in (*args, *kwargs.values())):
-            raise PrivacyError(
-                "optimizer.step(closure): backward passes within a step have no noise; call step() alone"
-            )
-        if torch._C._current_graph_task_id() != -1:
-            raise PrivacyError("optimizer.step() within backward(): the sums are not complete; call it afterwards")
+            check_parameters(self.model.named_parameters(), optimizer, {id(p) for _, p in self._attached.stepped})
+        check_step(args, kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             if self._restoring:
-                check_restoring([p.grad for _, p in self._stepped], self._sums.totals)
+                check_restoring([p.grad for _, p in self._attached.stepped], self._sums.totals)
                 return
-            trained = [(name, p) for name, p in self._stepped if p.requires_grad]
-            check_grads(trained, self._known_grads)
-            for (_, p), total in zip(trained, self._sums.release(trained), strict=True):
-                wanted = p.grad_dtype or total.dtype  # that of p, unless it was set; None is any
-                grad = total.to(wanted) if self.shards is None else self.shards.as_grad(p, total)
-                p.grad = grad if p.grad is None else p.grad.add_(grad)
-        self._known_grads = {name for name, _ in trained}
+            trained = [(name, p) for name, p in self._attached.stepped if p.requires_grad]
+            check_grads(trained, self._attached.known_grads)
+            self._attached.add_grads(trained, self._sums.release(trained))
         self._forget()
         self._passes.forget_forwards()
-        self.batch_size = None  # parts of the model that are called alone would be taken for the last batch
+        self._forwards.batch_size = None  # parts of the model that are called alone would be taken for the last batch
         self.steps += 1
-        for _, p in self._owned:
-            p.__class__ = nn.Parameter  # type: ignore[assignment]  # an optimizer is fast on these
-
-    def _after_step(self, *args: Any) -> None:
-        for _, p in self._owned:
-            p.__class__ = PrivateParameter
+        self._attached.make_ordinary()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """The optimizer's own, which also drops the sums of backward passes since the last step."""
@@ -477,23 +325,9 @@ class DPEngine:
             outside(self.zero_grad, set_to_none)
             return
         with torch._C.DisableTorchFunctionSubclass():
-            self._zero_grad(set_to_none)
-            self._known_grads &= {name for name, p in self._stepped if p.grad is not None}
+            self._attached.zero_grad(set_to_none)
+            self._attached.known_grads &= {name for name, p in self._attached.stepped if p.grad is not None}
         self._forget()
-
-    def _grad_set(self, parameter: PrivateParameter) -> None:
-        """Its `.grad` was assigned."""
-        if self.shards is not None:
-            return  # FSDP moves it to the shards
-        if parameter.grad is None:
-            self._sums.drop(parameter._dp_name)
-            self._known_grads.discard(parameter._dp_name)
-        elif self._public:
-            self._known_grads.add(parameter._dp_name)
-
-    def _drop_all(self) -> None:
-        self._known_grads.clear()
-        self._passes.drop()  # which an adapter may have put in place of the first
 
     def _forget(self) -> None:
         self._sums.forget()
@@ -563,10 +397,3 @@ class DPEngine:
             "DPEngine: cannot be pickled or copied, two would share a model and repeat noise; save "
             "dp.state_dict(), and make a new engine of the loaded model"
         )
-
-
-def _leaves(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
-    """The tensors in arguments, or in whatever a model gives."""
-    if not kwargs and all(isinstance(x, Tensor) for x in args):
-        return list(args)
-    return [x for x in tree_leaves((args, dict(kwargs))) if isinstance(x, Tensor)]

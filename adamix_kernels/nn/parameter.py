@@ -120,9 +120,9 @@ def by_rule(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, 
                 return engine._rules.use(func, args, kwargs, found)
         result = func(*args, **kwargs)
         if func in _THAWS and isinstance(args[0], PrivateParameter):
-            args[0]._dp_engine._watch()  # before any use of it
+            args[0]._dp_engine._attached.watch()  # before any use of it
         elif func in _SETS_GRAD and isinstance(args[0], PrivateParameter):
-            args[0]._dp_engine._grad_set(args[0])
+            args[0]._dp_engine._attached.grad_set(args[0])
         return result
 
 

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from adamix_kernels.nn.clipped import add_clipped, clip, take_public, total_norm_sq
 from adamix_kernels.nn.combine import combine, gathered
 from adamix_kernels.nn.errors import PrivacyError
-from adamix_kernels.nn.factors import ConvFactors, Factors, PerSample, owned, smaller
+from adamix_kernels.nn.factors import Factors, PerSample, owned, smaller
 from adamix_kernels.nn.parameter import Derived, PrivateParameter, names, untraced
 from adamix_kernels.ops.noise import capturing
 
@@ -71,7 +72,7 @@ class Passes:
     def forget_forwards(self) -> None:
         """A step was taken: no gradient is awaited from forward passes before it."""
         self._expected.clear()
-        self.stale = self._engine._forwards
+        self.stale = self._engine._forwards.count
 
     def run_twice(self, loss: Tensor) -> None:
         """Two backward passes over the same graph: for the norms, then for the sums."""
@@ -206,69 +207,12 @@ class Passes:
     def _close(self, now: _Pass, layer: str) -> None:
         engine, parts = self._engine, combine(now.records.pop(layer))
         if engine.strategy == "per_layer":
-            now.norms.append(self._clip(parts, layer))
+            now.norms.append(clip(engine, parts, layer))
             return
-        now.norms.append(_total([factors.norm_sq() for _, factors in parts]))
+        now.norms.append(total_norm_sq([factors.norm_sq() for _, factors in parts]))
         if self.coef is not None:
-            self._take_public(parts, None)
-            self._sum(parts, engine._sums.released(self.coef), None)
-
-    def _clip(self, parts: list[Record], layer: str | None) -> Tensor:
-        """Sum gradients, clipped as one by the threshold of a layer or the whole; the squared norms `[B]` of private
-        rows."""
-        sums, subspace = self._engine._sums, self._engine._subspace
-        if subspace is not None:
-            return subspace.take(parts, layer)
-        self._take_public(parts, layer)
-        if sums.users is not None:
-            parts = sums.users.summed(parts)
-        if sums.grid is not None:
-            return sums.grid.clip(parts, layer)
-        joined = self._take_last(parts)
-        norm_sq = [factors.norm_sq() for _, factors in parts]
-        if joined is None:
-            total = _total(norm_sq)
-        else:
-            parameters, conv = joined
-            total, clipped = conv.norm_clip_sum(norm_sq, sums.limit(conv.samples, layer))
-            for parameter, clipped_sum in zip(parameters, clipped, strict=True):
-                sums.add(parameter, clipped_sum.div_(sums.divided(conv.samples)), layer)
-            del joined, conv
-        if parts:
-            coef = sums.released(sums.coef(total, layer))
-        while parts:  # each is freed when it is summed
-            self._sum([parts.pop()], coef, layer)
-        return total
-
-    def _take_public(self, parts: list[Record], layer: str | None) -> None:
-        """Of a mixed batch: the public rows set the threshold where it is due, and are summed; `parts` lose them."""
-        sums = self._engine._sums
-        split = sums.split
-        if split is None:
-            return
-        public = [factors.take(split.public) for _, factors in parts]
-        if sums.wants_norms(layer):
-            sums.set_threshold(_total([factors.norm_sq() for factors in public]), layer)
-        for i, (parameters, factors) in enumerate(parts):
-            if split.count and split.weight:
-                exact = public[i].clip_sum(sums.public_coef(parameters[0]))
-                for parameter, total in zip(parameters, exact, strict=True):
-                    sums.add_public(parameter._dp_name, total)
-            parts[i] = parameters, factors.take(split.private)
-
-    def _take_last(self, parts: list[Record]) -> tuple[tuple[PrivateParameter, ...], ConvFactors] | None:
-        """The costliest convolution: with the norms of all else its own and its sum are made in one pass."""
-        convs = [(use.products, i) for i, (_, use) in enumerate(parts) if isinstance(use, ConvFactors)]
-        if not convs or self._engine.clipping != "flat":
-            return None
-        parameters, conv = parts.pop(max(convs)[1])
-        assert isinstance(conv, ConvFactors)
-        return parameters, conv
-
-    def _sum(self, parts: Sequence[Record], coef: Tensor, layer: str | None) -> None:
-        for parameters, factors in parts:
-            for parameter, total in zip(parameters, factors.clip_sum(coef), strict=True):
-                self._engine._sums.add(parameter, total, layer)
+            take_public(engine, parts, None)
+            add_clipped(engine, parts, engine._sums.released(self.coef), None)
 
     @untraced
     def _end(self, task: int) -> None:
@@ -287,11 +231,11 @@ class Passes:
                 now.records.clear()
                 if self._engine._subspace is None:
                     parts = gathered(parts)
-                now.norms.append(self._clip(parts, None))
+                now.norms.append(clip(self._engine, parts, None))
             for layer in list(now.records):
                 self._close(now, layer)
             if now.norms:
-                norm_sq = _total(now.norms)
+                norm_sq = total_norm_sq(now.norms)
                 if self.coef is None:
                     self._norm_sq = norm_sq
                 else:
@@ -313,11 +257,6 @@ class Passes:
             )
 
 
-def _total(norm_sq: Sequence[Tensor]) -> Tensor:
-    """Squared norms `[B]` of parts as one, in float64."""
-    return torch.stack(list(norm_sq)).sum(0, dtype=torch.float64) if len(norm_sq) > 1 else norm_sq[0].double()
-
-
 def pull(target: Tensor, grads: Tensor) -> Record:
     """Gradients `[B, *]` with respect to a derived tensor, taken to its parameters."""
     assert isinstance(target, Derived)
@@ -327,7 +266,7 @@ def pull(target: Tensor, grads: Tensor) -> Record:
     engine = target._dp_engine
     if not len(grads):
         return bases, PerSample([grads.new_zeros(0, *base.shape) for base in bases])
-    with engine._pulling():
+    with engine._attached.pulling():
         pulled = torch.autograd.grad(
             target, bases, grads.to(target.dtype), retain_graph=True, is_grads_batched=True, materialize_grads=True
         )

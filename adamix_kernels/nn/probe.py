@@ -25,7 +25,7 @@ def tell_apart(engine: DPEngine, module: nn.Module, args: Any, kwargs: Any) -> N
     gradient and may hold no samples, and no other batch has told before: for most loops at the first forward pass or
     never. Nothing is kept for a backward pass.
     """
-    rules, samples = engine._rules, engine.batch_size or 0
+    rules, samples = engine._rules, engine._forwards.batch_size or 0
     doubtful = rules.doubtful - rules.told
     rules.doubtful = set()
     if engine.shards is not None and engine.shards.any(bool(doubtful)) and not doubtful:
@@ -40,8 +40,8 @@ def tell_apart(engine: DPEngine, module: nn.Module, args: Any, kwargs: Any) -> N
     args, kwargs = tree_map(more, (args, dict(kwargs)))
     cause: Exception | None = None
     with _undone(engine, module):
-        engine.batch_size = samples + 1
-        engine.input_storages = {storage(x) for x in tensors(args, kwargs)}
+        engine._forwards.batch_size = samples + 1
+        engine._forwards.input_storages = {storage(x) for x in tensors(args, kwargs)}
         try:
             with torch.autograd.graph.saved_tensors_hooks(lambda _: None, _lost):
                 module.forward(*args, **kwargs)
@@ -72,7 +72,7 @@ def _lost(_: Any) -> Tensor:
 def _undone(engine: DPEngine, module: nn.Module, probing: bool = True) -> Iterator[None]:
     """A forward pass that leaves nothing behind: no expected gradients, buffers and random numbers as before."""
     rules, passes = engine._rules, engine._passes
-    size, storages = engine.batch_size, engine.input_storages
+    size, storages = engine._forwards.batch_size, engine._forwards.input_storages
     expected = dict(passes._expected)
     buffers = [(b, b._version, b.clone()) for b in module.buffers()]
     devices = {p.device.index for p in module.parameters() if p.device.type == "cuda"}
@@ -84,7 +84,7 @@ def _undone(engine: DPEngine, module: nn.Module, probing: bool = True) -> Iterat
         with torch.random.fork_rng([d for d in devices if d is not None]), gathered:
             yield
     finally:
-        engine.batch_size, engine.input_storages, rules.probing = size, storages, False
+        engine._forwards.batch_size, engine._forwards.input_storages, rules.probing = size, storages, False
         parameter.probing.discard(id(engine))
         passes._expected = expected
         with torch.no_grad():

@@ -86,7 +86,7 @@ class Rules:
 
     @property
     def batch_size(self) -> int | None:
-        return self.engine.batch_size
+        return self.engine._forwards.batch_size
 
     def derive(self, out: Any, *parents: Any, pull: Any = None) -> Any:
         return derive(out, self.engine, [x for x in tensors(*parents) if isinstance(x, Private)], pull)
@@ -102,8 +102,8 @@ class Rules:
 
     def _is_buffer(self, x: Tensor) -> bool:
         """Whether a tensor is the model's own: no samples, even if it is as large as a batch."""
-        if self._buffers_of != self.engine._forwards:
-            self._buffers_of = self.engine._forwards
+        if self._buffers_of != self.engine._forwards.count:
+            self._buffers_of = self.engine._forwards.count
             self._buffers = {storage(b) for b in self.engine.model.buffers() if b.numel()}
         return storage(x) in self._buffers
 
@@ -112,7 +112,7 @@ class Rules:
         return isinstance(x, Tensor) and not isinstance(x, Private) and not x.requires_grad and self._is_buffer(x)
 
     def _is_input(self, x: Tensor) -> bool:
-        return storage(x) in self.engine.input_storages
+        return storage(x) in self.engine._forwards.input_storages
 
     def check_no_samples(self, found: Sequence[Tensor], what: str) -> None:
         """What is derived of parameters may not hold samples: their rows could not be told apart any more."""

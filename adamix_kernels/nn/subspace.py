@@ -62,6 +62,12 @@ class PublicSubspace:
         quantile: float | None,
         max_bytes: int,
     ) -> None:
+        if engine.ranks is not None:
+            raise PrivacyError("public_subspace(): coordinates are not added up over ranks; train in one process")
+        if isinstance(engine.max_grad_norm, PublicQuantile):
+            raise ValueError("max_grad_norm: is a PublicQuantile; set it to a number, and pass quantile= here")
+        if engine._sums.begun:
+            raise PrivacyError("public_subspace(): a backward pass waits for its step; call it before")
         check_directions(rank, energy)
         if engine.strategy == "two_pass":
             raise ValueError(
@@ -239,7 +245,7 @@ class PublicSubspace:
         by_layer = engine.strategy == "per_layer"
         return {
             Group(engine.layers[name] if by_layer else None, self.inside(name))
-            for name, p in engine._owned
+            for name, p in engine._attached.owned
             if p.requires_grad
         }
 

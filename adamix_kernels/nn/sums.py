@@ -98,7 +98,7 @@ class StepSums:
         if not self.totals:
             self._divisor = self._engine.expected_batch_size
         if self._engine.shards is not None:
-            trained = [name for name, p in self._engine._stepped if p.requires_grad]
+            trained = [name for name, p in self._engine._attached.stepped if p.requires_grad]
             self._engine.shards.begin(trained, self._divisor)
         self.threshold = self._threshold_now()
         if self.grid is not None:
@@ -114,7 +114,7 @@ class StepSums:
                 self.adaptive = PublicThresholds(engine, rule)
             return self.adaptive
         self.adaptive = None
-        parameters: Any = engine._stepped or engine.model.named_parameters()
+        parameters: Any = engine._attached.stepped or engine.model.named_parameters()
         with torch._C.DisableTorchFunctionSubclass():
             trained = {engine.layers[name] for name, p in parameters if p.requires_grad}
         return Threshold.of(rule, trained)

@@ -33,7 +33,7 @@ class Use:
         self.layers = {engine.layers[base._dp_name] for base in bases(targets)}
         self.task = torch._C._current_graph_task_id()  # of the backward pass that recomputes this forward, or -1
         # what is recomputed belongs to the forward pass that the task came through, a part used alone to the last one
-        self.forward = (engine.forward_number or engine._forwards or None) if self.task == -1 else None
+        self.forward = (engine._forwards.number or engine._forwards.count or None) if self.task == -1 else None
         self.spent_in: int | None = None
         engine._passes.expect(self)
 

@@ -67,7 +67,7 @@ def validate(engine: DPEngine, batch: Any, loss: Loss | None = None) -> Report:
             for b in range(samples):
                 oracle.add(b, run(engine.model, _sample(batch, samples, b)), recorder)
     found = {p._dp_name: record for record in recorder.found for p in record.parameters}
-    reports = [oracle.compare(name, p, found.get(name)) for name, p in engine._owned if p.requires_grad]
+    reports = [oracle.compare(name, p, found.get(name)) for name, p in engine._attached.owned if p.requires_grad]
     return Report(samples, engine.strategy, reports, recorder.memory(), notes)
 
 
@@ -130,7 +130,7 @@ class _Oracle:
 
     def __init__(self, engine: DPEngine, samples: int) -> None:
         self._engine = engine
-        self._trained = [(name, p) for name, p in engine._owned if p.requires_grad]
+        self._trained = [(name, p) for name, p in engine._attached.owned if p.requires_grad]
         self._norm_sq = {name: torch.zeros(samples, dtype=torch.float64) for name, _ in self._trained}
         self._sums: dict[str, Tensor] = {}
 
@@ -195,12 +195,13 @@ _REMEDY = (
 @contextmanager
 def _undisturbed(engine: DPEngine) -> Iterator[list[str]]:
     """What a forward or backward pass changes is put back. Yields notes for the report."""
-    kept = ("_passes", "_forwards", "batch_size", "forward_number", "input_storages", "public_rows", "_max_grad_norm")
-    values = {name: getattr(engine, name) for name in kept}
+    values = {name: getattr(engine, name) for name in ("_passes", "public_rows", "_max_grad_norm")}
+    forwards = engine._forwards
+    seen = {name: getattr(forwards, name) for name in ("count", "number", "batch_size", "input_storages")}
     sums = engine._sums
     staged, threshold, adaptive = dict(sums.staged), sums.threshold, sums.adaptive
     buffers = [(buffer, buffer.clone()) for buffer in engine.model.buffers()]
-    devices = {p.device.index for _, p in engine._owned if p.device.type == "cuda"}
+    devices = {p.device.index for _, p in engine._attached.owned if p.device.type == "cuda"}
     notes: list[str] = []
     changed: list[tuple[nn.Module, str, Any]] = []
     for module in engine.model.modules():
@@ -226,6 +227,7 @@ def _undisturbed(engine: DPEngine) -> Iterator[list[str]]:
                 buffer.copy_(saved)
         for name, value in values.items():
             setattr(engine, name, value)
+        vars(forwards).update(seen)
         sums.staged.update(staged)
         sums.threshold, sums.adaptive = threshold, adaptive
 

@@ -68,7 +68,7 @@ def _leave(rank: int, size: int, folder: Path, how: int, timeout: float) -> None
         engine.optimizer.step()
     except RuntimeError:
         same = all(torch.equal(old, p.detach()) for old, p in zip(before, engine.model.parameters(), strict=False))
-        clean = all(p.grad is None for _, p in engine._stepped)
+        clean = all(p.grad is None for _, p in engine._attached.stepped)
         (folder / f"left-{rank}").write_text(f"{same and clean}")
         raise
 

@@ -17,6 +17,8 @@ from mutant import Mutant
 ENGINE = "adamix_kernels/nn/engine.py"
 SUMS = "adamix_kernels/nn/sums.py"
 PASSES = "adamix_kernels/nn/passes.py"
+ATTACH = "adamix_kernels/nn/attach.py"
+CLIPPED = "adamix_kernels/nn/clipped.py"
 COMBINE = "adamix_kernels/nn/combine.py"
 CLIPPING = "adamix_kernels/nn/clipping.py"
 SAMPLER = "adamix_kernels/nn/sampler.py"
@@ -88,9 +90,10 @@ NOISE_MUTANTS = [
     Mutant(
         "parameters that were not used get no noise",
         ENGINE,
-        "trained = [(name, p) for name, p in self._stepped if p.requires_grad]",
+        "trained = [(name, p) for name, p in self._attached.stepped if p.requires_grad]",
         "used = self._sums.totals\n"
-        "            trained = [(n, p) for n, p in self._stepped if p.requires_grad and (n in used or not used)]",
+        "            trained = [(name, p) for name, p in self._attached.stepped if p.requires_grad]\n"
+        "            trained = [(name, p) for name, p in trained if name in used or not used]",
         (f"{STEPS}::test_noise_reaches_unused_parameters_and_never_repeats",),
     ),
     Mutant("same noise in each step", NOISE, "self._draws += 1", "self._draws = 1", (AUDIT_CHECKS,)),
@@ -162,16 +165,16 @@ NOISE_MUTANTS = [
 CLIPPING_MUTANTS = [
     Mutant(
         "norm misses a parameter",
-        PASSES,
+        CLIPPED,
         "norm_sq = [factors.norm_sq() for _, factors in parts]",
         "norm_sq = [factors.norm_sq() for _, factors in parts[1:] or parts]",
         (f"{AUDIT_CANARY}[auto-fast]",),
     ),
     Mutant(
         "clipped by the mean norm of the batch",
-        PASSES,
-        "            total = _total(norm_sq)\n",
-        "            total = _total(norm_sq).mean().expand(parts[0][1].samples)\n",
+        CLIPPED,
+        "        total = total_norm_sq(norm_sq)\n",
+        "        total = total_norm_sq(norm_sq).mean().expand(parts[0][1].samples)\n",
         (f"{STEP}[sum-auto]", STEP),
     ),
     Mutant(
@@ -327,13 +330,13 @@ LOOP_MUTANTS = [
     Mutant(
         "gradients from elsewhere are stepped",
         ENGINE,
-        "            check_grads(trained, self._known_grads)\n",
+        "            check_grads(trained, self._attached.known_grads)\n",
         "",
         (f"{REVIEW}::test_a_gradient_from_elsewhere_is_not_stepped", REVIEW),
     ),
     Mutant(
         "ordinary gradients reach private parameters",
-        ENGINE,
+        ATTACH,
         "elif grad is not None and not self._pulls:",
         "elif False:",
         ("tests/nn/test_refusals.py",),

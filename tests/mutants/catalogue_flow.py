@@ -5,7 +5,7 @@ from __future__ import annotations
 from mutant import Mutant
 
 ENGINE_USERS = "adamix_kernels/nn/users.py"
-PASSES = "adamix_kernels/nn/passes.py"
+CLIPPED = "adamix_kernels/nn/clipped.py"
 PRIVATE = "adamix_kernels/private.py"
 STEP_METRICS = "adamix_kernels/nn/metrics.py"
 MECHANISM = "adamix/mechanism.py"
@@ -30,9 +30,9 @@ USER_MUTANTS = [
     ),
     Mutant(
         "the engine clips a user's rows one by one",
-        PASSES,
-        "            parts = sums.users.summed(parts)\n",
-        "            pass\n",
+        CLIPPED,
+        "        parts = sums.users.summed(parts)\n",
+        "        pass\n",
         (f"{ENGINE_USER_TESTS}::test_a_user_of_many_rows_adds_at_most_the_threshold",),
     ),
     Mutant(

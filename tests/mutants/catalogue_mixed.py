@@ -7,7 +7,7 @@ from mutant import Mutant
 SUMS = "adamix_kernels/nn/sums.py"
 MIXED = "adamix_kernels/nn/mixed.py"
 ADAPTIVE = "adamix_kernels/nn/adaptive.py"
-PASSES = "adamix_kernels/nn/passes.py"
+CLIPPED = "adamix_kernels/nn/clipped.py"
 SECURE = "adamix_kernels/nn/secure.py"
 TESTS = "tests/nn/test_mixed.py"
 BOUNDS = "tests/nn/test_mixed_bounds.py"
@@ -25,14 +25,14 @@ MIXED_MUTANTS = [
     ),
     Mutant(
         "norms of all rows set a layer's threshold",
-        PASSES,
-        "sums.set_threshold(_total([factors.norm_sq() for factors in public]), layer)",
-        "sums.set_threshold(_total([factors.norm_sq() for _, factors in parts]), layer)",
+        CLIPPED,
+        "sums.set_threshold(total_norm_sq([factors.norm_sq() for factors in public]), layer)",
+        "sums.set_threshold(total_norm_sq([factors.norm_sq() for _, factors in parts]), layer)",
         (f"{BOUNDS}::test_private_rows_do_not_reach_thresholds_or_the_public_part",),
     ),
     Mutant(
         "all rows stay private after the public ones are summed",
-        PASSES,
+        CLIPPED,
         "parts[i] = parameters, factors.take(split.private)",
         "parts[i] = parameters, factors",
         (f"{TESTS}::test_a_step_is_the_clipped_private_and_the_exact_public_sum",),
@@ -95,7 +95,7 @@ MIXED_MUTANTS = [
     ),
     Mutant(
         "public gradients meet private sums before the noise",
-        PASSES,
+        CLIPPED,
         "sums.add_public(parameter._dp_name, total)",
         "sums.add(parameter, total / sums._divisor, layer)",
         (f"{BOUNDS}::test_a_huge_public_gradient_rounds_no_private_sum",),

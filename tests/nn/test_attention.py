@@ -95,7 +95,7 @@ class _Named:
         query, key, value = given
         weight = self.model.in_proj_weight if self.model.in_proj_weight is not None else self.model.q_proj_weight
         if hasattr(weight, "_dp_engine"):
-            weight._dp_engine.batch_size = query.shape[1]
+            weight._dp_engine._forwards.batch_size = query.shape[1]
         return type(self.model).forward(self.model, query, key, value, **call)
 
 
@@ -219,7 +219,7 @@ def test_refusals():
         model(x, x, x)
     with pytest.raises(PrivacyError, match="without a dimension for samples"):
         model(x[0], x[0], x[0])
-    dp.batch_size = B
+    dp._forwards.batch_size = B
     with pytest.raises(ValueError, match="as many samples of each"):
         nn.MultiheadAttention.forward(model, x, x[:, :1], x[:, :1])
     args = (x, x, x, E, HEADS, model.in_proj_weight, model.in_proj_bias, None, None, False, 0.0)
