@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NoReturn
 
@@ -29,6 +29,7 @@ from adamix_kernels.nn.clipping import checked
 from adamix_kernels.nn.distributed import agreed_noise, ranks_of, settings_of, unwrapped
 from adamix_kernels.nn.errors import PrivacyError
 from adamix_kernels.nn.forwards import Forwards
+from adamix_kernels.nn.graphed import Graphed
 from adamix_kernels.nn.hooks import outside
 from adamix_kernels.nn.metrics import Metrics
 from adamix_kernels.nn.mixed import PublicRows
@@ -165,6 +166,7 @@ class DPEngine:
     def public(self) -> Iterator[None]:
         """Forward and backward passes inside are ordinary: for rows that are public. Their gradients are not clipped;
         they are in `.grad`, to which the step adds the noisy private mean."""
+        self._passes.check_unrecorded("public()")
         self._public += 1
         try:
             yield
@@ -267,6 +269,35 @@ class DPEngine:
         else:
             loss.backward()
 
+    def graphed(self, loss_fn: Callable[..., Tensor], *example: Tensor) -> Graphed:
+        """Capture the private forward and backward pass of batches like `example` in a CUDA graph.
+
+        `run = dp.graphed(loss_fn, x, y)` runs the pass three times before, of which nothing counts. Then each
+        `loss = run(x, y)` copies a batch of the same shapes in, replays the pass at the weights and `max_grad_norm` of
+        now, and adds its clipped sums as backward() would: call it once or more often before each `optimizer.step()`,
+        which draws its noise outside the graph. Where Poisson batches differ in size, pad them with rows whose loss has
+        weight 0, and pass loss_reduction="sum"; `metrics()` counts these rows too. Gradients are kept in factors, also
+        with strategy "auto" and "per_layer". Only what runs on the device is replayed, no Python of the model or of
+        `loss_fn`; dropout draws anew in each replay.
+
+        Args:
+            loss_fn: gives the loss of `loss_fn(model, *batch)`, a scalar; it calls neither backward() nor step(), and
+                opens autocast itself. It has all samples from `batch`: others that it reads, such as labels, would be
+                those of the capture in each replay, and count each time.
+            example: the tensors of a batch, on the model's CUDA device.
+
+        Raises:
+            PrivacyError: the model is compiled, or not on one CUDA device; the strategy is "two_pass" or "materialize";
+                noise is secure, the unit is "user", thresholds are a dict or a `PublicQuantile`; there is a public
+                subspace, or several ranks; it is called within `public()`, `mixed()` or autocast. A call: the same, or
+                memory, settings of clipping, trained parameters or modes of modules are not those captured.
+            TypeError, ValueError: what is passed is no tensor; a batch has other shapes, dtypes or devices.
+            RuntimeError: of torch, for a model that reads numbers on the host or cannot be captured otherwise.
+
+        Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs for what a graph can hold.
+        """
+        return Graphed(self, loss_fn, example)
+
     @property
     def max_grad_norm(self) -> float | Tensor | Mapping[str, float] | PublicQuantile:
         """The threshold of the backward passes to come."""
@@ -301,6 +332,7 @@ class DPEngine:
 
     @torch.no_grad()
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self._passes.check_unrecorded("optimizer.step()")
         with torch._C.DisableTorchFunctionSubclass():
             if self.shards is not None:
                 self.shards.rest()

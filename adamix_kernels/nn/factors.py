@@ -18,6 +18,7 @@ from adamix_kernels.ops.conv_clip import conv_norm_clip_sum
 from adamix_kernels.ops.conv_grad import conv_grad_sample
 from adamix_kernels.ops.embedding import embedding_clip_sum, embedding_norm_sq
 from adamix_kernels.ops.linear import linear_clip_sum, linear_norm_sq
+from adamix_kernels.ops.noise import capturing
 from adamix_kernels.ops.norm import grad_norm_sq
 from adamix_kernels.ops.scale_shift import scale_shift_clip_sum, scale_shift_norm_sq
 from adamix_kernels.spec import device_type
@@ -61,7 +62,11 @@ def _taken(value: Any, rows: slice | Tensor) -> Any:
 
 @dataclass
 class PerSample(Taken):
-    """Gradients that are there: `[B, *shape]` for each parameter."""
+    """Gradients that are there: `[B, *shape]` for each parameter.
+
+    Kernels for lists are sent the addresses of their tensors, which no CUDA graph that is being captured lets through:
+    in one the references run, which any device does.
+    """
 
     grads: list[Tensor]
 
@@ -70,10 +75,13 @@ class PerSample(Taken):
         return self.grads[0].shape[0]
 
     def norm_sq(self) -> Tensor:
-        return grad_norm_sq(self.grads)
+        op = grad_norm_sq.reference if capturing() else grad_norm_sq
+        found: Tensor = op(self.grads)
+        return found
 
     def clip_sum(self, coef: Tensor) -> list[Tensor]:
-        return list(clip_sum(self.grads, coef))
+        op = clip_sum.reference if capturing() else clip_sum
+        return list(op(self.grads, coef))
 
     def grad_sample(self) -> list[Tensor]:
         return self.grads

@@ -56,6 +56,7 @@ class Passes:
         self._norm_sq: Tensor | None = None  # of the first of two backward passes
         self.coef: Tensor | None = None  # of the second
         self.twice = False
+        self.recorded = False  # within graphed(), which counts what replays leave
         self.stale = 0  # forward passes so far were before the last step
 
     def forget(self) -> None:
@@ -68,6 +69,13 @@ class Passes:
     def drop(self) -> None:
         """The model's zero_grad()."""
         self._engine._forget()
+
+    def check_unrecorded(self, what: str) -> None:
+        if self.recorded:
+            raise PrivacyError(
+                f"{what}: within the loss_fn of graphed(), which captures one private forward and backward pass; call "
+                "it outside"
+            )
 
     def forget_forwards(self) -> None:
         """A step was taken: no gradient is awaited from forward passes before it."""
@@ -109,10 +117,10 @@ class Passes:
                 )
             if self._engine.strategy == "two_pass" and not self.twice:
                 raise PrivacyError("strategy 'two_pass' needs two backward passes: call dp.backward(loss)")
-            if capturing():
+            if capturing() and not self.recorded:
                 raise PrivacyError(
                     "backward(): is captured in a CUDA graph, whose replays would make sums of other samples that the "
-                    "engine does not count; run it outside the capture"
+                    "engine does not count; run it outside the capture, or capture it by dp.graphed()"
                 )
             if self.coef is None:
                 self._number += 1
@@ -127,6 +135,11 @@ class Passes:
         self, use: Use | Arrived, targets: Sequence[Tensor], build: Callable[[], Factors], lent: Sequence[Tensor] = ()
     ) -> None:
         """The gradient of one use has come. What is `lent` is not to be kept: compiled code writes over it."""
+        if lent and self.recorded:
+            raise PrivacyError(
+                "graphed(): the model is compiled, whose backward pass is not captured; leave torch.compile out, or "
+                "call backward() without a graph"
+            )
         task = torch._C._current_graph_task_id()
         if use.task not in (-1, task):
             self._parents[task] = use.task
@@ -161,8 +174,10 @@ class Passes:
         factors = build()
         if self._engine.strategy == "materialize":
             factors = PerSample(factors.grad_sample())
-        elif self._engine.strategy != "book_keeping" and self._engine._subspace is None:
-            factors = smaller(factors)  # not where public and private ones meet, which must be of one kind
+        elif self._engine.strategy != "book_keeping" and self._engine._subspace is None and not self.recorded:
+            # not where public and private ones meet, which must be of one kind, nor in a graph, where gradients one by
+            # one are slow (`PerSample`)
+            factors = smaller(factors)
         if lent:
             factors = owned(factors, lent)
         plain = tuple(target for target in targets if isinstance(target, PrivateParameter))

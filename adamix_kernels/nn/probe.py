@@ -39,7 +39,7 @@ def tell_apart(engine: DPEngine, module: nn.Module, args: Any, kwargs: Any) -> N
 
     args, kwargs = tree_map(more, (args, dict(kwargs)))
     cause: Exception | None = None
-    with _undone(engine, module):
+    with undone(engine, module):
         engine._forwards.batch_size = samples + 1
         engine._forwards.input_storages = {storage(x) for x in tensors(args, kwargs)}
         try:
@@ -60,7 +60,7 @@ def tell_apart(engine: DPEngine, module: nn.Module, args: Any, kwargs: Any) -> N
 
 def _join(engine: DPEngine, module: nn.Module, args: Any, kwargs: Any) -> None:
     """Another rank runs it again: its layers are gathered from this one too."""
-    with _undone(engine, module, probing=False), torch.no_grad():
+    with undone(engine, module, probing=False), torch.no_grad():
         module.forward(*args, **kwargs)
 
 
@@ -69,7 +69,7 @@ def _lost(_: Any) -> Tensor:
 
 
 @contextmanager
-def _undone(engine: DPEngine, module: nn.Module, probing: bool = True) -> Iterator[None]:
+def undone(engine: DPEngine, module: nn.Module, probing: bool = True) -> Iterator[None]:
     """A forward pass that leaves nothing behind: no expected gradients, buffers and random numbers as before."""
     rules, passes = engine._rules, engine._passes
     size, storages = engine._forwards.batch_size, engine._forwards.input_storages

@@ -213,6 +213,10 @@ class StepSums:
             true_norm_sq = self.users.end_pass(true_norm_sq)
         if subspace is not None:
             subspace.sums.end_pass()
+        self._count(true_norm_sq)
+
+    def _count(self, true_norm_sq: Tensor) -> None:
+        """What is staged is of a whole backward pass."""
         if self._engine.shards is not None:
             self.staged, public = self._engine.shards.finish(torch.int64 if self.grid else None)
             self.public.stage(public)
@@ -223,6 +227,14 @@ class StepSums:
         self.split = None
         self._limits.append(self.threshold.whole)
         self.norm_sq.append(true_norm_sq)
+
+    def take(self, captured: StepSums) -> None:
+        """End a pass with copies of what a replay of a captured one has left, which the next replay writes over."""
+        ratio = captured._divisor / self._divisor  # 1 unless expected_batch_size has changed
+        copies = torch._foreach_mul(list(captured.totals.values()), ratio)
+        self.staged.update(zip(captured.totals, copies, strict=True))
+        (true_norm_sq,) = captured.norm_sq
+        self._count(true_norm_sq.clone())
 
     # --- the step ------------------------------------------------------------------------------------------------
 

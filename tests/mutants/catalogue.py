@@ -5,6 +5,7 @@ from __future__ import annotations
 from catalogue_compile import COMPILE_MUTANTS
 from catalogue_distributed import DISTRIBUTED_MUTANTS
 from catalogue_flow import FLOW_MUTANTS, USER_MUTANTS
+from catalogue_graphed import GRAPHED_MUTANTS
 from catalogue_ledger import LEDGER_MUTANTS
 from catalogue_mixed import MIXED_MUTANTS
 from catalogue_plan import PLAN_MUTANTS
@@ -489,6 +490,7 @@ MUTANTS = [
     *RESUME_MUTANTS,
     *SECURE_MUTANTS,
     *COMPILE_MUTANTS,
+    *GRAPHED_MUTANTS,
     *USER_MUTANTS,
     *FLOW_MUTANTS,
     *DEEP_TRAINER_MUTANTS,

@@ -28,7 +28,7 @@ COMPILE_MUTANTS = [
     Mutant(
         "a private pass is captured in a CUDA graph",
         PASSES,
-        "            if capturing():",
+        "            if capturing() and not self.recorded:",
         "            if False:",
         (f"{PRECISION_TESTS}::test_a_private_pass_is_not_captured",),
     ),
