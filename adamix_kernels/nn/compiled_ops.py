@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, library
 
 from adamix_kernels.nn.errors import PrivacyError
 from adamix_kernels.nn.factors import PerSample
@@ -53,7 +53,7 @@ def announce(engine: DPEngine) -> tuple[int, Tensor]:
 
 # no CUDA graph may hold one: its replay would run the kernels without the engine
 _TAGS = (torch.Tag.cudagraph_unsafe,)
-_LIBRARY = torch.library.Library("adamix_kernels", "DEF")
+_LIBRARY = library.Library("adamix_kernels", "DEF")
 
 
 def _define(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -61,7 +61,7 @@ def _define(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., An
         name = schema.partition("(")[0]
         _LIBRARY.define(schema, tags=_TAGS)
         _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"adamix_kernels::{name}", fake, lib=_LIBRARY)
+        library.register_fake(f"adamix_kernels::{name}", fake, lib=_LIBRARY)
         return run
 
     return attach
