@@ -88,13 +88,12 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
     """
     pairs = _pairs(Path(folder))
     if not pairs:
-        raise InputError(
-            f"checkpoint: {folder} holds none; check the path, or start without resume (an interrupted run without a "
-            "checkpoint was not charged)"
-        )
-    path = pairs[-1]
+        raise none_in(folder)
+    path, sharded = pairs[-1], False
     try:
         record, _ = durable.unseal(path.read_bytes())
+        if sharded := "metadata_sha256" in record:
+            raise ValueError("it is of a sharded model")
         data = path.with_suffix(".safetensors").read_bytes()
         if hashlib.sha256(data).hexdigest() != record.pop("tensors_sha256"):
             raise ValueError(f"the checksum of {path.stem}.safetensors is wrong")
@@ -109,16 +108,32 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
             raise ValueError("its tensors are not vectors of one length")
         return Checkpoint(**record, **tensors, optimizer=optimizer)
     except Exception as error:  # a file that somebody made may be wrong in any way
+        if sharded:
+            raise InputError(
+                f"checkpoint: {path} is of a model that was sharded; shard it again to go on, over any number of "
+                "processes, also one"
+            ) from error
         remedy = f"remove it to resume from {pairs[-2].stem}, whose later steps are charged again" if pairs[1:] else (
             "restore it from a backup; the ledger keeps what was spent"
         )  # fmt: skip
         raise InputError(f"checkpoint: {path} is damaged ({one_line(error)}); {remedy}") from error
 
 
+def none_in(folder: str | Path) -> InputError:
+    return InputError(
+        f"checkpoint: {folder} holds none; check the path, or start without resume (an interrupted run without a "
+        "checkpoint was not charged)"
+    )
+
+
 def check_unused(folder: str | Path) -> None:
     """Refuse a folder that holds a run, before a new one begins in it."""
-    if _pairs(Path(folder)):
+    if holds_a_run(folder):
         raise InputError(f"checkpoint: {folder} holds a run already; resume it, or name a new folder")
+
+
+def holds_a_run(folder: str | Path) -> bool:
+    return bool(_pairs(Path(folder)))
 
 
 def _pairs(folder: Path) -> list[Path]:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from adamix.checkpoint import holds_a_run
 from adamix.cli_budget import add_ledger_flags, check_ledger_flags, make_new_ledger
 from adamix.cli_common import Commands, add_command, add_settings, console_of, find_device, progress_bar
 from adamix.deep import DeepAdaMix, DeepConfig, DeepResult
 from adamix.deep.ranks import Ranks, job_of_torchrun
 from adamix.deep.recipes import RECIPES, Job, load_recipe, prepare
 from adamix.errors import InputError
+from adamix.parts import write_whole
 from adamix.report import check_out, write_run
 
 _NAMES = {
@@ -41,17 +45,10 @@ def add_finetune(commands: Commands) -> None:
 
 
 def finetune(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Run a recipe once and show what it gained; on the ranks of a job if `torchrun` started one."""
-    with job_of_torchrun(find_device(arguments.device)) as device:
-        ranks, result, job = _run(arguments, device)
-    summary = _summarise(result, arguments.recipe, ranks.size)
-    arguments.json &= ranks.rank == 0
-    if ranks.rank == 0:  # after the others were let go: large weights take their time
-        _leave(arguments, summary, result, job)
-    return summary
+    """Run a recipe once and show what it gained; on the ranks of a job if `torchrun` started one.
 
-
-def _run(arguments: argparse.Namespace, device: torch.device) -> tuple[Ranks, DeepResult, Job]:
+    Where `torchrun` started it again, after a rank died, it goes on from the checkpoint.
+    """
     shape, settings = load_recipe(arguments.recipe, tiny=arguments.tiny)
     settings |= {key: value for key, value in vars(arguments).items() if key in DeepConfig.__dataclass_fields__}
     if "expected_batch_size" not in settings:
@@ -59,22 +56,38 @@ def _run(arguments: argparse.Namespace, device: torch.device) -> tuple[Ranks, De
             "expected_batch_size: missing; pass --expected-batch-size, the planned number of private rows per step: a "
             "figure that may be public, because a count of them is itself private"
         )
-    DeepConfig(**settings)  # before the data are loaded
+    sharded = DeepConfig(**settings).sharding == "fsdp"  # settings are wrong before the data are loaded
+    with job_of_torchrun(find_device(arguments.device), alone=sharded) as device:
+        ranks, result, job, weights = _run(arguments, shape, settings, device)
+    summary = _summarise(result, arguments.recipe, ranks.size)
+    arguments.json &= ranks.rank == 0
+    if ranks.rank == 0:  # after the others were let go: large weights take their time
+        _leave(arguments, summary, result, job, weights)
+    return summary
+
+
+def _run(
+    arguments: argparse.Namespace, shape: dict[str, Any], settings: dict[str, Any], device: torch.device
+) -> tuple[Ranks, DeepResult, Job, Path | None]:
+    """Also the folder of the weights of a sharded model, which rank 0 alone could not write."""
     arguments.delta = settings["delta"]  # of a new ledger too
     paths = {name: getattr(arguments, name) for name in ("public", "private", "test")}
     job = prepare(
         arguments.recipe, shape, paths, model=arguments.model, tokenizer=arguments.tokenizer, tiny=arguments.tiny
     )
-    trainer = DeepAdaMix(job.model.to(device), loss=job.loss, **settings)
+    sharded = settings.get("sharding") == "fsdp"  # then it goes to the device in parts
+    trainer = DeepAdaMix(job.model if sharded else job.model.to(device), loss=job.loss, **settings)
     ranks = Ranks.of(job.model)
 
-    def make_files() -> None:
+    def make_files() -> bool:
+        _go_on(arguments)
         if arguments.out is not None:
             check_out(arguments.out)
         check_ledger_flags(arguments)
         make_new_ledger(arguments)
+        return arguments.resume
 
-    ranks.on_first(make_files)
+    resume = ranks.on_first(make_files)
     with progress_bar() as progress:
         progress.disable |= ranks.rank > 0
         first = progress.add_task("public steps", total=trainer.config.public_steps)
@@ -86,16 +99,38 @@ def _run(arguments: argparse.Namespace, device: torch.device) -> tuple[Ranks, De
             ledger=arguments.ledger,
             checkpoint=arguments.checkpoint,
             checkpoint_every=arguments.checkpoint_every,
-            resume=arguments.resume,
+            resume=resume,
         )
-    return ranks, result, job
+    weights = None
+    if sharded and arguments.out is not None:
+        out = Path(arguments.out)
+        weights = out.with_name(f".{out.name}.weights")
+        write_whole(weights, {"weights": result.trained_state(), "public_weights": result.public_state})
+    return ranks, result, job, weights
 
 
-def _leave(arguments: argparse.Namespace, summary: dict[str, Any], result: DeepResult, job: Job) -> None:
+def _go_on(arguments: argparse.Namespace) -> None:
+    """On rank 0: what is otherwise where torchrun starts the ranks again."""
+    if not int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+        return
+    if arguments.checkpoint is None:
+        raise InputError(
+            "checkpoint: missing, and torchrun was given --max-restarts: ranks that are started again would begin anew "
+            "and be charged for all steps again; pass --checkpoint FOLDER and --ledger FILE, or --max-restarts 0"
+        )
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+        arguments.resume |= holds_a_run(arguments.checkpoint)  # before the first one nothing was charged
+        if None not in (arguments.new_ledger, arguments.ledger) and Path(arguments.ledger).exists():
+            arguments.new_ledger = arguments.budget_epsilon = arguments.budget_delta = arguments.unit = None
+
+
+def _leave(
+    arguments: argparse.Namespace, summary: dict[str, Any], result: DeepResult, job: Job, weights: Path | None
+) -> None:
     console = console_of(arguments)
     _show(console, summary, result, job)
     if arguments.out is not None:
-        write_run(arguments.out, result, summary)
+        write_run(arguments.out, result, summary, weights=weights)
         console.print(f"Run folder: {arguments.out}", markup=False)
 
 
@@ -113,6 +148,7 @@ def _summarise(result: DeepResult, recipe: str, ranks: int) -> dict[str, Any]:
         "noise_multiplier": result.noise_multiplier,
         "steps": len(result.steps),
         "ranks": ranks,
+        "sharding": result.config.sharding,
         "tune": result.tuned.mode,
         "trained_parameters": result.tuned.count,
         "parameters": result.tuned.total,

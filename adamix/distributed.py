@@ -29,13 +29,8 @@ minutes, unless `init_device_mesh(backend_override=)` gives them another.
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import hashlib
 import os
-import re
-import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -44,21 +39,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
-from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from adamix import durable
 from adamix.errors import InputError
 from adamix.ledger import Ledger
+from adamix.parts import load_parts, newest, on_first, save_parts
 from adamix_kernels import DPEngine
 
 #: A rank that waits for one that is gone fails within it. torch's own is 10 to 30 minutes.
 TIMEOUT = timedelta(seconds=45)
-
-_FORMAT = 1
-_KEPT = 2
 
 
 def start(backend: str | None = None, timeout: timedelta = TIMEOUT) -> None:
@@ -90,24 +79,6 @@ def stop() -> None:
     """
     gc.collect()
     dist.destroy_process_group()
-
-
-def on_first(action: Callable[[], Any], group: Any = None) -> Any:
-    """What `action` returns on rank 0, which alone runs it, on all ranks once it has succeeded; pickled in between.
-
-    Raises:
-        InputError: on all ranks, what was raised on rank 0.
-    """
-    known: list[Any] = [None, None]
-    if dist.get_rank(group) == 0:
-        try:
-            known = [action(), None]
-        except Exception as error:  # whatever it is, no rank may go on
-            known = [None, f"{error}" if isinstance(error, InputError) else f"{type(error).__name__}: {error}"]
-    dist.broadcast_object_list(known, group=group, group_src=0)
-    if known[1] is not None:
-        raise InputError(known[1])
-    return known[0]
 
 
 class RankLedger:
@@ -168,34 +139,19 @@ class Progress:
 
 
 def save(folder: str | Path, engine: DPEngine, run: str, finished: int, ledger: RankLedger | None = None) -> None:
-    """A checkpoint after `finished` steps, by all ranks, each its own part; then all but the last two are removed.
+    """A checkpoint of an engine's model and optimizer after `finished` steps, as `save_parts` makes it.
 
-    `step-N` is a folder of torch.distributed.checkpoint with model and optimizer; it counts once `step-N.json` is
-    there, which rank 0 writes when all of it is on the disk. No key of the noise is stored. Call it after a step, when
-    weights are released, and after `optimizer.zero_grad()`.
+    No key of the noise is stored. Call it after a step, when weights are released, and after `optimizer.zero_grad()`.
 
     Raises:
-        InputError: on all ranks: it cannot be written; the checkpoints that were there still load.
+        InputError: see `save_parts`.
     """
-    path = Path(folder) / f"step-{finished:07d}"
     place = ledger.place() if ledger is not None else None
-    on_first(lambda: durable.make_folder(Path(folder)))
     with engine.restoring():
         model, optimizer = get_state_dict(engine.model, engine.optimizer)
-    _together(lambda: dcp_save({"model": model, "optimizer": optimizer}, checkpoint_id=path))
-
-    def seal() -> None:
-        state = {key: float(x) if isinstance(x, Tensor) else x for key, x in engine.state_dict().items()}
-        record = {"format": _FORMAT, "run": run, "finished": finished, "engine": state, "ledger": place}
-        record["metadata_sha256"] = _digest(path)
-        durable.sync_folder(path)
-        durable.replace_file(path.with_suffix(".json"), durable.seal(record))
-        for old in _finished(Path(folder))[:-_KEPT]:
-            with contextlib.suppress(OSError):
-                durable.remove(old)  # first: a folder alone is no checkpoint
-                shutil.rmtree(old.with_suffix(""))
-
-    on_first(seal)
+    state = {key: float(x) if isinstance(x, Tensor) else x for key, x in engine.state_dict().items()}
+    record = {"run": run, "finished": finished, "engine": state, "ledger": place}
+    save_parts(folder, finished, {"model": model, "optimizer": optimizer}, record)
 
 
 def load(
@@ -203,52 +159,18 @@ def load(
 ) -> Progress | None:
     """Put the newest checkpoint into a model and an optimizer that no engine is attached to; None if there is none.
 
-    The number of ranks and the sharding may be others than those that saved it. Its metadata are a pickle, which is
-    read only if it is the one that `save` wrote; that whoever can write the folder is trusted remains.
+    The number of ranks and the sharding may be others than those that saved it.
 
     Raises:
         InputError: on all ranks: it is damaged, or the ledger is older.
     """
-
-    def newest() -> dict[str, Any] | None:
-        found = _finished(Path(folder)) if Path(folder).exists() else []
-        if not found:
-            return None
-        try:
-            record, _ = durable.unseal(found[-1].read_bytes())
-        except ValueError as error:
-            raise InputError(
-                f"checkpoint: {found[-1]} is damaged ({error}); remove it to use the one before"
-            ) from error
-        if record["format"] != _FORMAT or record["metadata_sha256"] != _digest(found[-1].with_suffix("")):
-            raise InputError(f"checkpoint: {found[-1].with_suffix('')} is not as it was written; remove {found[-1]}")
-        return record
-
-    record = on_first(newest)
+    record = on_first(lambda: newest(folder))
     if record is None:
         return None
     if ledger is not None and record["ledger"] is not None:
         ledger.require(*record["ledger"])
     of_model, of_optimizer = get_state_dict(model, optimizer)
     state: dict[str, Any] = {"model": of_model, "optimizer": of_optimizer}
-    _together(lambda: dcp_load(state, checkpoint_id=Path(folder) / f"step-{record['finished']:07d}"))
+    load_parts(folder, record, state)
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     return Progress(record["run"], record["finished"], record["engine"])
-
-
-def _together(action: Callable[[], Any]) -> None:
-    """torch.distributed.checkpoint raises on all ranks what one of them met."""
-    try:
-        action()
-    except CheckpointException as error:
-        reasons = "; ".join(f"rank {rank}: {reason[0]}" for rank, reason in error.failures.items())
-        raise InputError(f"checkpoint: {reasons}") from error
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256((path / ".metadata").read_bytes()).hexdigest()
-
-
-def _finished(folder: Path) -> list[Path]:
-    """The JSON files, oldest first."""
-    return sorted(p for p in folder.iterdir() if re.fullmatch(r"step-\d{7,}\.json", p.name))

@@ -39,6 +39,10 @@ class ParameterVector:
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self._parameters = list(parameters)
 
+    def _own(self) -> Sequence[Tensor]:
+        """What the vector is of."""
+        return self._parameters
+
     @property
     def size(self) -> int:
         return sum(p.numel() for p in self._parameters)
@@ -46,12 +50,12 @@ class ParameterVector:
     def weights(self) -> Tensor:
         """A copy, `[P]` float32."""
         with torch._C.DisableTorchFunctionSubclass():  # those of an engine are of a class of its own
-            return torch.cat([p.detach().flatten().float() for p in self._parameters])
+            return torch.cat([p.detach().flatten().float() for p in self._own()])
 
     def set_weights(self, weights: Tensor) -> None:
         start = 0
         with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
-            for p in self._parameters:
+            for p in self._own():
                 p.copy_(weights[start : start + p.numel()].view_as(p))
                 start += p.numel()
 
@@ -246,7 +250,7 @@ def check_module(module: nn.Module) -> None:
     if lazy:
         raise InputError(f"model: parameter {lazy[0]} has no shape yet; run the model once on a batch")
     for name, child in module.named_modules():
-        if child._forward_hooks or child._forward_pre_hooks:
+        if any(map(_is_foreign, (*child._forward_hooks.values(), *child._forward_pre_hooks.values()))):
             raise InputError(
                 f"model: {name or 'the model'} has forward hooks, which would see private rows; remove them (for "
                 "weight and spectral norm use torch.nn.utils.parametrizations)"
@@ -256,6 +260,11 @@ def check_module(module: nn.Module) -> None:
                 f"model: {name or 'the model'} is {type(child).__name__}, which mixes the samples of a batch, so "
                 "no per-sample gradient exists; use GroupNorm or LayerNorm instead"
             )
+
+
+def _is_foreign(hook: Callable[..., Any]) -> bool:
+    """Whether a hook is none of those by which fully_shard gathers a module's parameters."""
+    return not getattr(hook, "__module__", "").startswith("torch.distributed.fsdp.")
 
 
 def trainable(module: nn.Module) -> Trainable:

@@ -38,12 +38,14 @@ def recording(
     resume: bool,
     fixed: dict[str, Any],
     unit: str = "record",
+    kind: type[Recorder[Settings]] | None = None,
 ) -> Iterator[Recorder[Settings]]:
     """A `Recorder` for one run; a ledger given as a path is open and locked inside the block only.
 
     Args:
         fixed: what besides `config` a resumed run must find as it was, as JSON.
         unit: what one neighbour more or less is in this run.
+        kind: of recorder; None: one that writes the checkpoints by itself.
 
     Raises:
         InputError: see `AdaMix.fit`.
@@ -53,7 +55,8 @@ def recording(
     try:
         if opened is not None and opened.book.unit != unit:
             raise InputError(f"ledger: its unit is one {opened.book.unit}, this run protects one {unit}; name another")
-        yield Recorder(config, opened, None if checkpoint is None else Path(checkpoint), every, resume, fixed)
+        made = Recorder[Settings] if kind is None else kind
+        yield made(config, opened, None if checkpoint is None else Path(checkpoint), every, resume, fixed)
     finally:
         if opened is not None and opened is not ledger:
             opened.close()
@@ -90,7 +93,7 @@ class Recorder(Generic[Settings]):
                 ledger.check(self.noise_multiplier, config.sample_rate, config.steps)
             return
         assert ledger is not None and folder is not None  # by _check_arguments
-        saved = self.saved = load_checkpoint(folder)
+        saved = self.saved = self._load(folder)
         ledger.require(saved.ledger_count, saved.ledger_head)
         _check_same(saved, config, fixed)
         self.config = dataclasses.replace(config, steps=saved.config["steps"])
@@ -121,11 +124,19 @@ class Recorder(Generic[Settings]):
 
     def begin(self, view: Weights, *, anchor: Tensor, start: Tensor) -> None:
         """Before the first step of this process: the checkpoint that a run is resumed from, then its line."""
+        self.keep(view, anchor=anchor, start=start)
+        self.start()
+
+    def keep(self, view: Weights, *, anchor: Tensor, start: Tensor) -> None:
+        """The first half of `begin`."""
         self._anchor, self._start = anchor, start
-        if self._ledger is None or self.finished:
-            return
         if self.saved is None and self._folder is not None:
             self._save(view)
+
+    def start(self) -> None:
+        """The second half."""
+        if self._ledger is None or self.finished:
+            return
         if self._run in self._ledger.book.runs:
             self._ledger.resume_run(self._run, self._remaining)
         else:
@@ -162,20 +173,16 @@ class Recorder(Generic[Settings]):
         """Of all runs in the ledger, at its own delta."""
         return None if self._ledger is None else self._ledger.spent()
 
+    def _load(self, folder: Path) -> Checkpoint:
+        return load_checkpoint(folder)
+
     def _save(self, view: Weights) -> None:
-        assert self._ledger is not None and self._folder is not None
+        assert self._folder is not None
         optimizer, state = view.optimizer_state()
         save_checkpoint(
             self._folder,
             Checkpoint(
-                run=self._run,
-                finished=len(self.steps),
-                config=_plain(dataclasses.asdict(self.config)),
-                noise_multiplier=self.noise_multiplier,
-                fixed=self._fixed,
-                metrics=[_plain(dataclasses.asdict(step)) for step in self.steps],
-                ledger_count=self._ledger.count,
-                ledger_head=self._ledger.head,
+                **self._record(),
                 weights=view.weights(),
                 anchor=self._anchor,
                 start=self._start,
@@ -183,6 +190,20 @@ class Recorder(Generic[Settings]):
                 optimizer_state=state,
             ),
         )
+
+    def _record(self) -> dict[str, Any]:
+        """What a checkpoint says beside tensors."""
+        assert self._ledger is not None
+        return {
+            "run": self._run,
+            "finished": len(self.steps),
+            "config": _plain(dataclasses.asdict(self.config)),
+            "noise_multiplier": self.noise_multiplier,
+            "fixed": self._fixed,
+            "metrics": [_plain(dataclasses.asdict(step)) for step in self.steps],
+            "ledger_count": self._ledger.count,
+            "ledger_head": self._ledger.head,
+        }
 
     def _warn_of_extra_steps(self) -> None:
         extra = self._charged + self._remaining - self.config.steps

@@ -52,11 +52,13 @@ def write_run(
     result: Result | DeepResult,
     summary: dict[str, Any],
     private_metrics: Sequence[PrivateMetrics] = (),
+    weights: Path | None = None,
 ) -> None:
     """Write `config.json`, `summary.json`, `metrics.jsonl`, `weights.safetensors`, `public_weights.safetensors`
     and `run.png` into the new folder `out`; all of it may be published.
 
-    `private_metrics`, where they were asked for, go to a file of their own, `PRIVATE_metrics.jsonl`, which may not.
+    `private_metrics`, where they were asked for, go to a file of their own, `PRIVATE_metrics.jsonl`, which may not. The
+    weights of a sharded model come from the folder `weights`, where its ranks have put them.
     Everything is written beside it first and moved at the end, so that `out` is never half a run.
     """
     path = check_out(out)
@@ -72,8 +74,11 @@ def write_run(
         if private_metrics:
             lines = [to_json(metrics.revealed()) + "\n" for metrics in private_metrics]
             (staging / "PRIVATE_metrics.jsonl").write_text("".join(lines))
-        save_file(result.trained_state(), staging / "weights.safetensors")
-        save_file(result.public_state, staging / "public_weights.safetensors")
+        for name, state in (("weights", result.trained_state), ("public_weights", lambda: result.public_state)):
+            if weights is None:
+                save_file(state(), staging / f"{name}.safetensors")
+            else:
+                shutil.move(weights / f"{name}.safetensors", staging)
         plot_run(result, staging / "run.png")
         staging.chmod(0o755)
         staging.replace(path)  # an empty folder may stand there
@@ -82,6 +87,8 @@ def write_run(
     finally:
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)  # moved away by now, unless something failed
+        if weights is not None:
+            shutil.rmtree(weights, ignore_errors=True)
 
 
 def step_records(result: Result | DeepResult) -> list[dict[str, Any]]:

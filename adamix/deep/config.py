@@ -10,6 +10,7 @@ from adamix.config import LARGE, SMALL, Budget
 STRATEGIES = ("auto", "book_keeping", "per_layer", "materialize")
 PRECISIONS = ("float32", "bfloat16", "autocast")
 OPTIMIZERS = ("adamw", "sgd")
+SHARDINGS = ("none", "fsdp")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,7 @@ class DeepConfig(Budget):
         checkpointing: whether activations are computed again in the backward pass, to save memory; of models of
             transformers.
         compile: whether the model is compiled, by torch.compile.
+        sharding: "none" leaves the model as it is; "fsdp" shards its blocks over the ranks of the job, by fully_shard.
         num_workers: threads that load the rows of a batch.
         seed: draws the public rows of each step; never private rows or noise.
         noise_mode: "fast" (Philox, sums in floating point) or "secure" (ChaCha20, sums and noise on an integer grid).
@@ -75,6 +77,7 @@ class DeepConfig(Budget):
     precision: str = "float32"
     checkpointing: bool = False
     compile: bool = False
+    sharding: str = "none"
     num_workers: int = 0
     seed: int = 0
 
@@ -83,6 +86,7 @@ class DeepConfig(Budget):
         self._check_threshold(self.quantile, self.max_grad_norm)
         self._require("strategy", self.strategy in STRATEGIES, f"pass one of {', '.join(STRATEGIES)}")
         self._require("precision", self.precision in PRECISIONS, f"pass one of {', '.join(PRECISIONS)}")
+        self._require("sharding", self.sharding in SHARDINGS, f"pass one of {', '.join(SHARDINGS)}")
         self._require("optimizer", bool(self.optimizer), f"pass one of {', '.join(OPTIMIZERS)}")
         self._require("tune", bool(self.tune.split()), "pass 'full', 'head', 'bias', 'lora', or patterns of names")
         for name in ("threshold_every", "public_batch_size", "lora_rank"):

@@ -54,12 +54,13 @@ def public_phase(task: Task, training: Training, config: DeepConfig, on_step: Ca
     for step in range(1, config.public_steps + 1):
         rows = task.public.rows(1, step)
         if own := task.ranks.share(rows):
-            (task.losses(task.public.data.batch(list(own))).sum() / len(rows)).backward()
+            loss = task.losses(task.public.data.batch(list(own))).sum() / len(rows)
+            (loss * task.ranks.averaged).backward()
         task.ranks.add_gradients(list(training.named.values()))
         optimizer.step()
         optimizer.zero_grad()
         on_step(step)
-    if not all(p.isfinite().all() for p in training.named.values()):
+    if not task.ranks.all(bool(training.weights().isfinite().all())):
         raise InputError("public: phase 1 gives weights that are not finite; lower public_learning_rate")
 
 
@@ -71,7 +72,7 @@ def make_engine(
     noise: Noise,
     alone: bool = False,
 ) -> DPEngine:
-    """The engine of phase 2, over all ranks unless it is to be `alone`.
+    """The engine of phase 2, over all ranks unless it is to be `alone`, which a sharded model cannot be.
 
     Raises:
         InputError: the model or the settings are nothing for it.
@@ -91,7 +92,7 @@ def make_engine(
                 strategy=config.strategy,
                 loss_reduction="sum",
                 noise=noise,
-                process_group="local" if alone else task.ranks.group,
+                process_group=None if task.ranks.sharded else "local" if alone else task.ranks.group,
             )
     except (PrivacyError, ValueError, TypeError) as error:
         raise InputError(f"model: the private engine does not take it: {error}") from error
@@ -202,23 +203,23 @@ def _passes(
 
     Where the loss is by row, all have the same number of rows, whatever was drawn. A sum of floats may end otherwise
     where a batch is a row longer: so the public gradients and thresholds, which have no noise, do not tell how many
-    private rows there are.
+    private rows there are. Of a sharded model all ranks take as many passes, some without a row that counts.
     """
-    size, start = config.rows_per_pass(task.ranks.size), 0
-    while start == 0 or start < len(chosen):
-        first = task.ranks.share(public_rows) if start == 0 else []
-        stop = start + size - len(first)
+    size, public = config.rows_per_pass(task.ranks.size), task.ranks.share(public_rows)
+    own = max(1, math.ceil((len(public) + len(chosen)) / size))
+    for number in range(task.ranks.passes(own)):
+        first = public if number == 0 else []
+        start, stop = (max(0, i * size - len(public)) for i in (number, number + 1))
         rows = [*first, *private.rows(chosen[start:stop])]
-        filled = rows + [public_rows[0]] * (size - len(rows) if task.by_row else 0)
-        yield _Batch(start == 0, task.public.data.batch(filled), len(first), len(rows))
-        start = stop
+        filled = rows + [public_rows[0]] * (size - len(rows) if task.by_row else not rows)
+        yield _Batch(number == 0, task.public.data.batch(filled), len(first), len(rows))
 
 
 def _backward(task: Task, engine: DPEngine, batch: _Batch, weight: float) -> Tensor | None:
     """The losses of the public rows, which are public too; None where the loss is a sum over all."""
     with engine.mixed(slice(0, batch.public), weight) if batch.first else nullcontext():
         losses = task.losses(batch.rows)
-        engine.backward(losses[: batch.count].sum() if task.by_row else losses)
+        engine.backward(losses[: batch.count].sum() if task.by_row else losses * bool(batch.count))
     return _public_losses(losses, batch) if task.by_row and batch.first else None
 
 

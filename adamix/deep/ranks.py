@@ -1,7 +1,8 @@
 """The ranks of a job that train one model: each on a share of the rows, with one ledger and one set of checkpoints.
 
-All ranks hold the whole model and step it alike; the engine adds their sums and draws the noise once. Rank 0 charges
-the ledger and writes the checkpoints, and the others wait until that has succeeded.
+All ranks hold the whole model and step it alike, or each has a shard of it (`fully_shard`); the engine adds their sums
+and draws the noise once. Rank 0 charges the ledger and writes the checkpoints, of a sharded model with all others, and
+none goes on until that has succeeded.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -17,10 +19,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from adamix.checkpoint import Checkpoint
+from adamix.deep import parts
 from adamix.deep.config import DeepConfig
-from adamix.distributed import on_first, start, stop
-from adamix.errors import InputError
-from adamix.models import Weights
+from adamix.deep.parts import PartsRecorder
+from adamix.deep.sharding import agree, check_mesh, is_sharded
+from adamix.deep.weights import Training
+from adamix.distributed import start, stop
+from adamix.ledger import Ledger
+from adamix.parts import on_first
 from adamix.private_phase import Step
 from adamix.recorder import Recorder, recording
 
@@ -34,18 +40,21 @@ class Ranks:
     rank: int = 0
     size: int = 1
     group: Any = None
+    sharded: bool = False
 
     @classmethod
     def of(cls, model: nn.Module) -> Ranks:
-        """All processes of the job, if it has several.
+        """Those of a model in DistributedDataParallel, or sharded; else all processes of the job, if it has several.
 
         Raises:
-            InputError: the model is spread in a way that this trainer does not know.
+            InputError: it is sharded over some of the processes.
         """
         if isinstance(model, nn.parallel.DistributedDataParallel):
-            raise InputError("model: is in DistributedDataParallel; pass the model itself, the ranks add their sums")
-        if any(hasattr(p, "device_mesh") for p in model.parameters()):
-            raise InputError("model: is sharded; DeepAdaMix keeps it whole on each rank. Use DPEngine in a loop for it")
+            group = model.process_group
+            return cls(dist.get_rank(group), dist.get_world_size(group), group)
+        if is_sharded(model):
+            check_mesh(model)
+            return cls(dist.get_rank(), dist.get_world_size(), dist.group.WORLD, sharded=True)
         if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
             return cls()
         return cls(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
@@ -61,36 +70,76 @@ class Ranks:
     def agree(self, tensors: Sequence[Tensor]) -> None:
         """Those of rank 0 on all ranks."""
         if self.size > 1:
-            for tensor in tensors:
-                dist.broadcast(tensor.detach(), group=self.group, group_src=0)
+            agree(tensors, self.group)
+
+    def passes(self, own: int) -> int:
+        """Passes of a step: as many as this rank needs, or where a pass takes all ranks, as one of them does."""
+        if not self.sharded or self.size == 1:
+            return own
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, own, group=self.group)
+        return max(found)
+
+    def all(self, holds: bool) -> bool:
+        """Whether it does on all ranks."""
+        if self.size == 1:
+            return holds
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, holds, group=self.group)
+        return all(found)
+
+    @property
+    def averaged(self) -> int:
+        """What an ordinary gradient is divided by before `add_gradients`: a sharded model makes the mean over ranks."""
+        return self.size if self.sharded else 1
 
     def add_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Of public rows: the sum over ranks."""
-        if self.size > 1:
+        if self.size > 1 and not self.sharded:
             for p in parameters:
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
                 dist.all_reduce(p.grad, group=self.group)
 
 
 class RankRecorder:
-    """A `Recorder` that rank 0 alone has; the others know what it says. All ranks make each call."""
+    """A `Recorder` that rank 0 alone has; the others know what it says. All ranks make each call.
 
-    def __init__(self, ranks: Ranks, recorder: Recorder[DeepConfig] | None, known: tuple[Any, ...]) -> None:
-        self._ranks, self._recorder = ranks, recorder
+    Of a sharded model with checkpoints, in the folder `parts`, all ranks write them.
+    """
+
+    def __init__(
+        self, ranks: Ranks, recorder: Recorder[DeepConfig] | None, known: tuple[Any, ...], parts: Path | None
+    ) -> None:
+        self._ranks, self._recorder, self._parts = ranks, recorder, parts
         self.config: DeepConfig
         self.saved: Checkpoint | None
         self.config, self.saved, self.noise_multiplier, self.last, steps = known
         self.steps: list[Step] = list(steps)
 
-    def begin(self, view: Weights, *, anchor: Tensor, start: Tensor) -> None:
-        self._call("begin", view, anchor=anchor, start=start)
+    def begin(self, training: Training, *, anchor: Tensor) -> None:
+        """As `Recorder.begin`; of a sharded model the anchor is this rank's part."""
+        self._anchor = anchor
+        self._call("keep", training, anchor=anchor, start=anchor)
+        self._write(training)
+        self._call("start")
 
     def charge(self) -> None:
         self._call("charge")
 
-    def finish_step(self, step: Step, view: Weights) -> None:
+    def finish_step(self, step: Step, training: Training) -> None:
         self.steps.append(step)
-        self._call("finish_step", step, view)
+        self._call("finish_step", step, training)
+        self._write(training)
+
+    def _write(self, training: Training) -> None:
+        """A checkpoint that is due, by all ranks."""
+        if self._parts is None:
+            return
+        recorder, due = self._recorder, None
+        if isinstance(recorder, PartsRecorder):
+            due = recorder.take_due()
+        if self._ranks.on_first(lambda: due is not None):
+            parts.save(self._parts, due, len(self.steps), training, self._anchor)
 
     def end(self) -> None:
         self._call("end")
@@ -106,19 +155,27 @@ class RankRecorder:
 
 
 @contextmanager
-def job_of_torchrun(device: torch.device) -> Iterator[torch.device]:
-    """The process group of a job that `torchrun` started, NCCL for GPUs and gloo otherwise; nothing without one.
+def job_of_torchrun(device: torch.device, alone: bool = False) -> Iterator[torch.device]:
+    """The process group of a job that `torchrun` started, NCCL for GPUs and gloo otherwise.
+
+    Args:
+        alone: whether a process that is alone has a group too, as a sharded model needs; else it has none.
 
     Yields:
         the device of this rank.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if not several and not alone:
         yield device
         return
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    start("nccl" if device.type == "cuda" else "gloo")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if several:
+        start(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     try:
         yield device
         dist.barrier()
@@ -127,15 +184,29 @@ def job_of_torchrun(device: torch.device) -> Iterator[torch.device]:
 
 
 @contextmanager
-def recording_on(ranks: Ranks, config: DeepConfig, *args: Any, **kwargs: Any) -> Iterator[RankRecorder]:
-    """`recording` on rank 0, and what it knows on the others."""
+def recording_on(
+    ranks: Ranks,
+    training: Training,
+    config: DeepConfig,
+    ledger: Ledger | str | Path | None,
+    checkpoint: str | Path | None,
+    **kwargs: Any,
+) -> Iterator[RankRecorder]:
+    """`recording` on rank 0, and what it knows on the others; of a checkpoint of a sharded model each has its part,
+    and `training` takes on its weights."""
     with ExitStack() as stack:
         found: list[Recorder[DeepConfig]] = []
+        kind = PartsRecorder if ranks.sharded else Recorder[DeepConfig]
 
         def enter() -> tuple[Any, ...]:
-            recorder = stack.enter_context(recording(config, *args, **kwargs))
+            recorder = stack.enter_context(recording(config, ledger, checkpoint, kind=kind, **kwargs))
             found.append(recorder)
-            return recorder.config, recorder.saved, recorder.noise_multiplier, recorder.last, recorder.steps
+            known = recorder.config, recorder.saved, recorder.noise_multiplier, recorder.last, recorder.steps
+            return known, recorder.found if isinstance(recorder, PartsRecorder) else None
 
-        known = ranks.on_first(enter)
-        yield RankRecorder(ranks, found[0] if found else None, known)
+        known, record = ranks.on_first(enter)
+        folder = Path(checkpoint) if ranks.sharded and checkpoint is not None else None
+        recorder = RankRecorder(ranks, found[0] if found else None, known, folder)
+        if folder is not None and recorder.saved is not None:
+            recorder.saved = parts.load(folder, recorder.saved, record, training)
+        yield recorder

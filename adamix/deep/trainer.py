@@ -17,7 +17,8 @@ from adamix.deep.losses import Loss, check_loss, count_classes, default_loss, me
 from adamix.deep.memory import recompute_activations
 from adamix.deep.phases import Task, make_engine, mixed_phase, public_phase, try_on_public_rows
 from adamix.deep.ranks import RankRecorder, Ranks, recording_on
-from adamix.deep.tuning import Tuned, tune
+from adamix.deep.sharding import device_of_job, digest_of_all, is_sharded, rest, shard, unwrapped
+from adamix.deep.tuning import Tuned, has_adapters, tune
 from adamix.deep.weights import MakeOptimizer, Training, maker
 from adamix.errors import InputError
 from adamix.ledger import Ledger
@@ -34,9 +35,9 @@ class DeepResult:
     """A trained model and what it cost. Nothing here was computed from private rows but through the mechanism.
 
     `model` is the one that was passed, trained; `tuned` tells what of it was, and `public_state` holds these parameters
-    after phase 1, on the host. Errors are percent of the test rows, losses their mean; None without test rows, errors
-    also where the model is no classifier. `public_loss` of a step is NaN where the loss is a sum over rows. The rest is
-    as in `adamix.Result`.
+    after phase 1, on the host; of a sharded model they are `DTensor`s, of which each rank has its part. Errors are
+    percent of the test rows, losses their mean; None without test rows, errors also where the model is no classifier.
+    `public_loss` of a step is NaN where the loss is a sum over rows. The rest is as in `adamix.Result`.
     """
 
     model: nn.Module
@@ -55,8 +56,10 @@ class DeepResult:
     ledger_epsilon: float | None = None
 
     def trained_state(self) -> dict[str, Tensor]:
-        """The parameters that were trained, by name, copies: for adapters all that has to be kept."""
-        named = dict(self.model.named_parameters())
+        """The parameters that were trained, by name, copies, sharded as they are: for adapters all that has to be
+        kept."""
+        rest(self.model)
+        named = dict(unwrapped(self.model).named_parameters())
         return {name: named[name].detach().clone().contiguous() for name in self.tuned.names}
 
 
@@ -71,7 +74,10 @@ class DeepAdaMix:
     are. It is left in the mode it came in.
 
     Where torch.distributed is initialised with several processes, all of them train one model: each calls `fit` with
-    the same data, and takes its share of every batch. Rank 0 opens the ledger and writes the checkpoints.
+    the same data, and takes its share of every batch. Rank 0 opens the ledger and writes the checkpoints. A model may
+    be in DistributedDataParallel, which is no other than one on each rank, or sharded by `fully_shard` over all ranks,
+    one mesh dimension or two: no rank has more of it than a part that is computed with, and all write checkpoints, each
+    its own part (torch.distributed.checkpoint), which any number of ranks can go on from.
 
     Args:
         model: samples in dimension 0 of all inputs, kept apart; no BatchNorm, no forward hooks, and a forward pass
@@ -112,7 +118,7 @@ class DeepAdaMix:
         public_rate = self.config.public_learning_rate
         self._make = maker(optimizer, rate)
         self._make_public = maker(optimizer, rate if public_rate is None else public_rate)
-        check_module(model)
+        check_module(unwrapped(model))
         self.model, self._loss, self._collate = model, loss or default_loss, collate
 
     def fit(
@@ -144,13 +150,14 @@ class DeepAdaMix:
             InputError: rows, model, loss, ledger or checkpoint are wrong; found before anything is charged, except what
                 only private rows show when they are loaded again.
         """
-        config = self.config
+        config, model = self.config, unwrapped(self.model)
         warn_if_weak(config)
-        device = next(self.model.parameters()).device
-        ranks = Ranks.of(self.model)
+        device = next(model.parameters()).device
+        if config.sharding == "fsdp":
+            device = device_of_job(device)
         low = config.precision == "bfloat16"
         if low:
-            self.model.to(torch.bfloat16)
+            model.to(torch.bfloat16)
         data = {
             name: Data(
                 name,
@@ -166,20 +173,23 @@ class DeepAdaMix:
         if not len(data["public"]):
             raise InputError("public: has no rows; pass some")
         tuned = tune_as(self.model, config)
-        ranks.agree([*self.model.parameters(), *self.model.buffers()])
-        training = Training(self.model, self._make_public)
-        with eval_mode(self.model), recompute_activations(self.model, config.checkpointing):
+        if config.sharding == "fsdp":
+            shard(self.model, device)
+        ranks = Ranks.of(self.model)
+        ranks.agree([*model.parameters(), *model.buffers()])
+        training = Training(model, self._make_public)
+        with eval_mode(model), recompute_activations(model, config.checkpointing):
             task, classes = self._task(data["public"], config, device, ranks)
             with secret_generators(device):
                 public_rows = _compared(data, classes)
             fixed = {
                 "public rows": public_rows,
                 "trained parameters": training.size,
-                "frozen parameters and buffers": digest_of(*_rest(self.model, tuned)),
+                "frozen parameters and buffers": digest_of_all(_rest(model, tuned)),
                 "optimizer": type(training.optimizer).__name__,
             }
             of_run = {"every": checkpoint_every, "resume": resume, "fixed": fixed}
-            with recording_on(ranks, config, ledger, checkpoint, **of_run) as recorder:
+            with recording_on(ranks, training, config, ledger, checkpoint, **of_run) as recorder:
                 try_on_public_rows(task, training.optimizer, config)
                 return self._train(recorder, task, training, tuned, data, classes, on_public_step, on_step)
 
@@ -189,12 +199,13 @@ class DeepAdaMix:
         def context() -> AbstractContextManager[Any]:
             return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "autocast")
 
+        model = unwrapped(self.model)
         rows = public.rows(range(min(3, len(public))))
         rows = rows * 2 if len(rows) == 1 else rows  # a mean over one row is its sum
         together, alone = public.batch(rows), [public.batch([row]) for row in rows]
         with torch.no_grad(), context():
-            by_row = check_loss(self.model, self._loss, together, alone, exact=config.precision == "float32")
-            classes = count_classes(self.model, together) if self._loss is default_loss else None
+            by_row = check_loss(model, self._loss, together, alone, exact=config.precision == "float32")
+            classes = count_classes(model, together) if self._loss is default_loss else None
         if config.noise_mode == "secure" and not by_row:
             raise InputError(
                 "loss: is a sum over rows, with noise_mode='secure': batches are as long as what was drawn then, and "
@@ -210,8 +221,8 @@ class DeepAdaMix:
             raise InputError(
                 f"public_batch_size: {batches.size} public rows in a step of {ranks.size} ranks; pass one for each rank"
             )
-        called: Any = torch.compile(self.model) if config.compile else self.model
-        return Task(self.model, called, self._loss, by_row, batches, context, device, ranks), classes
+        called: Any = torch.compile(model) if config.compile else model
+        return Task(model, called, self._loss, by_row, batches, context, device, ranks), classes
 
     def _train(
         self,
@@ -237,15 +248,15 @@ class DeepAdaMix:
             if test is None:
                 return None, None
             return measure(
-                self.model, self._loss, test.batches(config.rows_per_pass(task.ranks.size)), classes, task.context
+                task.model, self._loss, test.batches(config.rows_per_pass(task.ranks.size)), classes, task.context
             )
 
         public_error, public_loss = figures()
-        training = Training(self.model, self._make)  # a new optimizer: the moments of phase 1 are not those of phase 2
+        training = Training(task.model, self._make)  # a new optimizer: the moments of phase 1 are not those of phase 2
         if saved is not None:
             training.set_weights(saved.weights)
             training.load_optimizer_state(saved.optimizer, saved.optimizer_state)
-        recorder.begin(training, anchor=anchor, start=anchor)
+        recorder.begin(training, anchor=anchor)
         # Made after a checkpoint was read, of a fresh key: a resumed run shares no noise with the one before.
         noise = Noise(config.noise_seed, config.noise_mode)
         engine = make_engine(task, training.optimizer, config, recorder.noise_multiplier, noise)
@@ -270,6 +281,7 @@ class DeepAdaMix:
         recorder.end()
         epsilons = recorder.epsilons()
         test_error, test_loss = figures()
+        rest(task.model)
         return DeepResult(
             model=self.model,
             tuned=tuned,
@@ -289,7 +301,13 @@ class DeepAdaMix:
 
 
 def tune_as(model: nn.Module, config: DeepConfig) -> Tuned:
-    return tune(model, config.tune, head=config.head, lora_rank=config.lora_rank)
+    inner = unwrapped(model)
+    if config.tune == "lora" and (inner is not model or is_sharded(model)) and not has_adapters(inner):
+        raise InputError(
+            "tune: 'lora' given for a model that is spread over ranks already, which takes no new parameters; call "
+            "adamix.deep.tune(model, 'lora') before fully_shard() or DistributedDataParallel()"
+        )
+    return tune(inner, config.tune, head=config.head, lora_rank=config.lora_rank)
 
 
 def _compared(data: dict[str, Data], classes: int | None) -> str:
@@ -304,5 +322,6 @@ def _compared(data: dict[str, Data], classes: int | None) -> str:
 
 def _rest(model: nn.Module, tuned: Tuned) -> list[Tensor]:
     """What is not trained."""
+    rest(model)
     trained = {id(p) for name, p in model.named_parameters() if name in set(tuned.names)}
     return [x for x in (*model.parameters(), *model.buffers()) if id(x) not in trained]

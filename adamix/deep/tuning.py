@@ -72,7 +72,7 @@ def tune(
         chosen |= _classifier(model, head)
     elif mode == "lora":
         beside = _classifier(model, head)
-        if not any(_ADAPTER in name for name in names):  # of a fit before, or of the caller
+        if not has_adapters(model):  # of a fit before, or of the caller
             _add_adapters(model, beside, lora_rank, 2 * lora_rank if lora_alpha is None else lora_alpha)
         chosen = {name for name, _ in model.named_parameters() if _ADAPTER in name} | beside
     else:
@@ -88,6 +88,10 @@ def tune(
         sum(parameters[name].numel() for name in chosen),
         sum(p.numel() for p in parameters.values()),
     )
+
+
+def has_adapters(model: nn.Module) -> bool:
+    return any(_ADAPTER in name for name, _ in model.named_parameters())
 
 
 def find_head(model: nn.Module, name: str | None = None) -> str:

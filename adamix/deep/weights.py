@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from adamix.deep.sharding import local, placed_as, rest
 from adamix.errors import InputError
 from adamix.models import ParameterVector
 
@@ -16,9 +17,11 @@ MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
 class Training(ParameterVector):
-    """Trained parameters by name, and the optimizer that steps them."""
+    """Trained parameters by name, and the optimizer that steps them. Of a sharded model the vector is this rank's part,
+    `[p]` of `size` numbers."""
 
     def __init__(self, model: nn.Module, make: MakeOptimizer) -> None:
+        rest(model)
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         super().__init__(list(self.named.values()))
         try:
@@ -35,10 +38,21 @@ class Training(ParameterVector):
                 "parameters that returns a torch.optim.Optimizer"
             )
 
+    def _own(self) -> Sequence[Tensor]:
+        return [local(p) for p in self._parameters]
+
     def weights(self) -> Tensor:
         """A copy, `[P]` float32, on the host: a device may have no room for it."""
         with torch._C.DisableTorchFunctionSubclass():
-            return torch.cat([p.detach().cpu().flatten().float() for p in self._parameters])
+            return torch.cat([p.detach().cpu().flatten().float() for p in self._own()])
+
+    def tensors_of(self, vector: Tensor) -> dict[str, Tensor]:
+        """By parameter what of a vector is its own, as it is placed and of its type."""
+        parts = vector.split([local(p).numel() for p in self._parameters])
+        return {
+            name: placed_as(p, part.view(local(p).shape).to(p.dtype))
+            for (name, p), part in zip(self.named.items(), parts, strict=True)
+        }
 
     @property
     def rate(self) -> float:
@@ -51,7 +65,7 @@ class Training(ParameterVector):
             return
         start = 0
         with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
-            for p in self._parameters:
+            for p in self._own():
                 p.lerp_(anchor[start : start + p.numel()].view_as(p).to(p.dtype), strength / (1 + strength))
                 start += p.numel()
 

@@ -9,8 +9,9 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from adamix.deep.sharding import blocks_of
 from adamix.errors import InputError
-from adamix.plan.models import Work, blocks_of, size
+from adamix.plan.models import Work, size
 from adamix.plan.rates import Rates
 from adamix.plan.steps import PRECISIONS, Setting, Traced, trace_step
 from adamix.plan.trace import Call

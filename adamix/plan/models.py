@@ -228,15 +228,6 @@ def _next_token(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(out.flatten(0, 1).float(), y.flatten())
 
 
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """What FSDP would shard one by one: the members of the module list that holds most parameters; else the model."""
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList | nn.Sequential) and len(m) > 1]
-    if not lists:
-        return [model]
-    largest = max(lists, key=lambda m: (size(m), -len(m)))
-    return list(largest)
-
-
 def size(module: nn.Module, trained: bool = False) -> int:
     """Numbers in its parameters, each once."""
     return sum(math.prod(p.shape) for p in module.parameters() if p.requires_grad or not trained)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from adamix import Ledger
 from adamix.__main__ import main
 from adamix.checkpoint import load_checkpoint
 from adamix.ledger_records import read_ledger
@@ -24,9 +25,12 @@ QUICK = ["--tiny", "--device", "cpu", "--sample-rate", "1", "--steps", "3", "--p
 QUICK += ["--expected-batch-size", "192", "--public-batch-size", "15", "--optimizer", "sgd", "--json"]
 
 
-def on_two(argv: list[str], folder: Path) -> tuple[dict[str, Any], str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "adamix"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+def on_two(argv: list[str], folder: Path, program: str = "adamix", restarts: int = 0) -> tuple[dict[str, Any], str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--max-restarts", str(restarts), "-m", program]
+    path = os.pathsep.join((str(ROOT), str(Path(__file__).parent)))
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     done = subprocess.run(
         [*command, *argv], cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
@@ -37,14 +41,18 @@ def on_two(argv: list[str], folder: Path) -> tuple[dict[str, Any], str]:
 
 
 @pytest.mark.filterwarnings("ignore:noise_seed")
-def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sharding", ["none", "fsdp"])
+def test_two_processes_train_as_one_does(tmp_path: Path, sharding: str) -> None:
     argv = ["finetune", "vit", *QUICK, "--noise-seed", "3", "--out"]
     assert main([*argv, str(tmp_path / "one")]) == 0
-    summary, said = on_two([*argv, str(tmp_path / "two")], tmp_path)
-    assert summary["ranks"] == 2 and said.count("parameters are trained") == 1
-    one, two = (load_file(tmp_path / name / "weights.safetensors") for name in ("one", "two"))
-    for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5)
+    summary, said = on_two([*argv, str(tmp_path / "two"), "--sharding", sharding], tmp_path)
+    assert summary["ranks"] == 2 and summary["sharding"] == sharding and said.count("parameters are trained") == 1
+    for file in ("weights.safetensors", "public_weights.safetensors"):
+        one, two = (load_file(tmp_path / name / file) for name in ("one", "two"))
+        assert one.keys() == two.keys()
+        for name, tensor in one.items():
+            torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "two"], "nothing is left beside"
     steps = [
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("one", "two")
@@ -61,3 +69,46 @@ def test_rank_0_alone_charges_and_writes(tmp_path: Path) -> None:
     (run,) = read_ledger(tmp_path / "rows.ledger").runs.values()
     assert run.charged == 3 and run.ended and summary["ledger_epsilon"] == summary["epsilon"]
     assert load_checkpoint(tmp_path / "steps").finished == 3
+
+
+def test_torchrun_goes_on_after_a_rank_was_killed(tmp_path: Path) -> None:
+    """From the last checkpoint, with the same command; the step that was interrupted is charged again."""
+    argv = ["finetune", "vit", *QUICK, "--sharding", "fsdp", "--tune", "lora", "--out", "run"]
+    argv += ["--ledger", "rows.ledger", "--new-ledger", "rows", "--budget-epsilon", "5", "--checkpoint", "steps"]
+    summary, said = on_two(argv, tmp_path, "dying", restarts=1)
+    assert "exitcode: -9" in said and "interrupted steps are charged again, 1 in all" in said
+    (run,) = read_ledger(tmp_path / "rows.ledger").runs.values()
+    assert run.charged == 4 and run.ended and summary["steps"] == 3 and summary["ledger_epsilon"] == summary["epsilon"]
+    assert sorted(p.name for p in (tmp_path / "steps").glob("*.json")) == ["step-0000002.json", "step-0000003.json"]
+    weights = load_file(tmp_path / "run" / "weights.safetensors")
+    assert sum(x.numel() for x in weights.values()) == summary["trained_parameters"]
+
+
+@pytest.mark.parametrize(("restarts", "given", "message"), [
+    ("1", [], "checkpoint: missing, and torchrun was given --max-restarts"),
+    ("1", ["--ledger", "rows.ledger", "--checkpoint", "steps", "--resume"], "checkpoint: steps holds none"),
+])  # fmt: skip
+def test_restarts_without_a_checkpoint_are_refused(
+    restarts: str, given: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
+    Ledger.create("rows.ledger", data_set="rows").close()
+    assert main(["finetune", "vit", *QUICK, *given]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_restarted_job_takes_its_ledger_and_checkpoint_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Killed before the first checkpoint, after the ledger was made: nothing was charged, and the run begins."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "2")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    Ledger.create("rows.ledger", data_set="rows", epsilon=5.0).close()
+    argv = ["finetune", "vit", *QUICK, "--ledger", "rows.ledger", "--new-ledger", "rows", "--budget-epsilon", "5"]
+    assert main([*argv, "--checkpoint", "steps"]) == 0
+    (run,) = read_ledger("rows.ledger").runs.values()
+    assert run.charged == 3 and run.ended
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["steps"] == 3

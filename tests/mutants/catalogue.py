@@ -11,6 +11,7 @@ from catalogue_mixed import MIXED_MUTANTS
 from catalogue_plan import PLAN_MUTANTS
 from catalogue_resume import RESUME_MUTANTS
 from catalogue_secure import SECURE_MUTANTS
+from catalogue_shards import SHARD_MUTANTS
 from catalogue_subspace import SUBSPACE_MUTANTS
 from catalogue_trainer import DEEP_TRAINER_MUTANTS
 from mutant import Mutant
@@ -496,5 +497,6 @@ MUTANTS = [
     *DEEP_TRAINER_MUTANTS,
     *SUBSPACE_MUTANTS,
     *DISTRIBUTED_MUTANTS,
+    *SHARD_MUTANTS,
     *PLAN_MUTANTS,
 ]

@@ -139,7 +139,7 @@ DISTRIBUTED_MUTANTS = [
     ),
     Mutant(
         "ranks go on when rank 0 could not charge",
-        "adamix/distributed.py",
+        "adamix/parts.py",
         "    if known[1] is not None:\n",
         "    if known[1] is not None and dist.get_rank(group) == 0:\n",
         (f"{_RANKS}::test_one_ledger_stops_all_ranks",),

@@ -38,7 +38,7 @@ DEEP_TRAINER_MUTANTS = [
     Mutant(
         "batches are as long as what was drawn",
         PHASES,
-        "(size - len(rows) if task.by_row else 0)",
+        "(size - len(rows) if task.by_row else not rows)",
         "0",
         (f"{RUNS}::test_every_pass_has_as_many_rows_whatever_was_drawn",),
     ),
