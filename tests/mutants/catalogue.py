@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from catalogue_combos import COMBO_MUTANTS
 from catalogue_compile import COMPILE_MUTANTS
 from catalogue_distributed import DISTRIBUTED_MUTANTS
 from catalogue_flow import FLOW_MUTANTS, USER_MUTANTS
@@ -497,4 +498,5 @@ MUTANTS = [
     *SUBSPACE_MUTANTS,
     *DISTRIBUTED_MUTANTS,
     *PLAN_MUTANTS,
+    *COMBO_MUTANTS,
 ]

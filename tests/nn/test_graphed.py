@@ -453,7 +453,7 @@ def _again(dp: DPEngine, *data: Tensor) -> Tensor:
         (_steps, r"step\(\): within the loss_fn"),
         (_sets, "sets max_grad_norm"),
         (_twice, "2 private backward passes"),
-        (_again, "within its own loss_fn"),
+        (_again, "within the loss_fn of another"),
     ],
 )
 def test_a_loss_that_cannot_be_captured(loss: Callable[..., Tensor], message: str) -> None:
