@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch._dynamo.utils
+import torch._functorch.config
 import torch.distributed as dist
 import torch.nn.functional as F
 from spawned import device_of
@@ -292,6 +293,28 @@ def compiled(kind: str, strategy: str, mode: str) -> tuple[float, int]:
             backward(run, engine, own_rows(now, batch))
             engine.optimizer.step()
             engine.optimizer.zero_grad()
+        weights.append({name: whole(p) for name, p in engine.model.named_parameters()})
+    return farthest(*weights), torch._dynamo.utils.counters["frames"]["ok"]
+
+
+def compiled_ways(kind: str, strategy: str, mode: str, recompute: bool) -> tuple[float, int]:
+    """The same of a model of several layers, whose sharded ones may be replicated or recomputed."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    options: dict[str, Any] = {}
+    if kind == "hybrid":
+        options["mesh"] = init_device_mesh(device_of(0).type, (2, 2), mesh_dim_names=("replicate", "shard"))
+    weights = []
+    for now in ("fsdp" if kind == "hybrid" else kind, "local"):
+        torch.manual_seed(0)
+        model = Model(recompute and now != "local")
+        called, engine = attached(now, model, mode=mode, strategy=strategy, options=options)
+        run = called if now == "local" else torch.compile(called, backend="aot_eager")
+        with torch._functorch.config.patch(donated_buffer=strategy != "two_pass"):
+            for batch in ([*range(16)], [*range(16, 32)]):
+                backward(run, engine, own_rows(now, batch))
+                engine.optimizer.step()
+                engine.optimizer.zero_grad()
         weights.append({name: whole(p) for name, p in engine.model.named_parameters()})
     return farthest(*weights), torch._dynamo.utils.counters["frames"]["ok"]
 
