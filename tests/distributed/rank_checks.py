@@ -319,6 +319,24 @@ def compiled_ways(kind: str, strategy: str, mode: str, recompute: bool) -> tuple
     return farthest(*weights), torch._dynamo.utils.counters["frames"]["ok"]
 
 
+def by_user(kind: str, strategy: str, mode: str) -> float:
+    """Two steps of two passes on users of several rows, of which each rank has its own; one pass has a rank's none."""
+    weights = []
+    for now in (kind, "local"):
+        called, engine = attached(now, mode=mode, strategy=strategy, unit="user", loss_reduction="sum")
+        for step in range(2):
+            for users in (range(5), [8 + step]):
+                owners = [user for user in own_rows(now, list(users)) for _ in range(2 + user % 2)]
+                x = torch.tensor([[(3 * user + 2 * i + step) % 11 for i in range(5)] for user in owners]).view(-1, 5)
+                with engine.users(owners):
+                    out = called(x.long().to(device_of(dist.get_rank())))
+                    engine.backward(out.square().sum() + out.sum())
+            engine.optimizer.step()
+            engine.optimizer.zero_grad()
+        weights.append({name: whole(p) for name, p in engine.model.named_parameters()})
+    return farthest(*weights)
+
+
 def evaluated(*reshard: Any) -> float:
     """Forward passes without gradients between backward pass and step, and between steps: weights are not old ones."""
     weights = []

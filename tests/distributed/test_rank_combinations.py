@@ -29,6 +29,7 @@ WAYS = {
 }
 ALONE = [("auto", "fast", False, 1), ("per_layer", "fast", True, 2), ("two_pass", "fast", False, 1)]
 ALONE += [("materialize", "secure", False, 1)]
+USERS = [(kind, strategy, mode) for kind in KINDS for strategy, mode in (("auto", "fast"), ("per_layer", "secure"))]
 
 
 def outside() -> dict[str, str] | None:
@@ -57,8 +58,9 @@ def plan(size: int, folder: Path) -> list[tuple[str, Any, tuple[Any, ...]]]:
     found = [(f"compiled {cell}", checks.compiled_ways, cell) for cell in WAYS.get(size, [])]
     if size == 4:
         found += [(f"saved {kind}", checks.saved, (kind, folder / kind)) for kind in KINDS]
-        found.append(("outside", outside, ()))
         return found
+    if size == 2:
+        found += [(f"users {cell}", checks.by_user, cell) for cell in USERS]
     found += [(f"resumed {kind}", checks.resumed, (kind, folder / kind)) for kind in KINDS]
     if size == 1:
         found += [(f"same {cell}", checks.same_weights, ("fsdp", *cell)) for cell in ALONE]
@@ -98,6 +100,12 @@ def test_a_checkpoint_goes_on_with_fewer_ranks(jobs: dict[int, list[dict[str, An
         assert off < 1e-6 and (finished, steps) == (3, 5)
 
 
+@pytest.mark.parametrize("cell", USERS, ids=str)
+def test_users_on_ranks_of_their_own(jobs: dict[int, list[dict[str, Any]]], cell: tuple[str, str, str]) -> None:
+    for rank in jobs[2]:
+        assert rank[f"users {cell}"] < 1e-6
+
+
 @pytest.mark.parametrize("cell", ALONE, ids=str)
 def test_one_rank_of_fsdp_is_one_process(jobs: dict[int, list[dict[str, Any]]], cell: tuple[Any, ...]) -> None:
     assert jobs[1][0][f"same {cell}"] < 1e-6
@@ -112,8 +120,8 @@ def test_one_rank_draws_the_noise_of_one_process(jobs: dict[int, list[dict[str, 
     torch.testing.assert_close(thresholds, expected, rtol=1e-5, atol=0)
 
 
-def test_a_rank_outside_of_the_group_is_told(jobs: dict[int, list[dict[str, Any]]]) -> None:
-    for number, rank in enumerate(jobs[4]):
+def test_a_rank_outside_of_the_group_is_told(tmp_path: Path) -> None:
+    for number, rank in enumerate(spawned.run(3, tmp_path, [("outside", outside, ())])):
         if number < 2:
             assert rank["outside"] is None
         else:

@@ -46,6 +46,20 @@ COMBO_MUTANTS = [
         (f"{LIMITS}::test_a_function_whose_rows_are_compared_is_refused",),
     ),
     Mutant(
+        "a rank outside of the group goes on without a charge",
+        "adamix/distributed.py",
+        "    if dist.get_rank(group) < 0:",
+        "    if False:",
+        ("tests/distributed/test_rank_combinations.py::test_a_rank_outside_of_the_group_is_told",),
+    ),
+    Mutant(
+        "lengths of batches that a model compiled in place refuses are private",
+        "adamix/deep/compiling.py",
+        "    return any(module._compiled_call_impl is not None for module in model.modules())",
+        "    return False",
+        ("tests/deep/test_deep_trainer.py::test_compiled_models_whose_rows_would_show",),
+    ),
+    Mutant(
         "random numbers of the host are those of the capture",
         GRAPHED,
         "        if _draws_of_host(self._device) != drawn:",

@@ -363,6 +363,7 @@ CHANGES: dict[str, tuple[Callable[[DPEngine], Any], str]] = {
     "eval": (lambda dp: dp.model.eval(), "eval"),
     "quantile": (lambda dp: setattr(dp, "max_grad_norm", PublicQuantile(0.5)), "PublicQuantile"),
     "subspace": (lambda dp: dp.public_subspace(rank=2), "subspace"),
+    "ranks": (lambda dp: setattr(dp, "ranks", object()), "over several ranks"),
     "detached": (lambda dp: dp.detach(), "detached"),
 }
 
