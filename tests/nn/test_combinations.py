@@ -273,3 +273,27 @@ def test_layers_that_are_left_out_at_random_are_left_out_alike() -> None:
         close(found[1], found[0])
         close(found[2], found[0])
     assert len(seen) > 1
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("strategy", ["auto", "two_pass", "per_layer"])
+def test_a_language_model_with_dropout_is_recomputed_alike(strategy: str, reentrant: bool) -> None:
+    transformers = pytest.importorskip("transformers")
+    shape = {"vocab_size": 20, "d_model": 16, "decoder_layers": 2, "decoder_ffn_dim": 24, "decoder_attention_heads": 2}
+    config = transformers.BartConfig(
+        **shape, max_position_embeddings=12, dropout=0.3, attention_dropout=0.3, activation_dropout=0.3, use_cache=False
+    )
+    found = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model = transformers.BartForCausalLM(config).train()
+        if recompute:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        dp = engine(model, strategy=strategy, loss_reduction="sum", noise_multiplier=0.5, noise=Noise(seed=3))
+        torch.manual_seed(1)
+        tokens = torch.randint(20, (5, 7))
+        dp.backward(F.cross_entropy(model(tokens).logits.flatten(0, 1), tokens.flatten(), reduction="sum"))
+        assert dp._sums.norm_sq[0].min() > 0.7**2
+        found.append(step(dp))
+    close(*found)
