@@ -29,8 +29,10 @@ def on_first(action: Callable[[], Any], group: Any = None) -> Any:
     """What `action` returns on rank 0, which alone runs it, on all ranks once it has succeeded; pickled in between.
 
     Raises:
-        InputError: on all ranks, what was raised on rank 0.
+        InputError: on all ranks, what was raised on rank 0; or this rank is not in the group, and would go on at once.
     """
+    if dist.get_rank(group) < 0:
+        raise InputError(f"group: rank {dist.get_rank()} is not in it; call this on its members alone")
     known: list[Any] = [None, None]
     if dist.get_rank(group) == 0:
         try:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adamix.deep.compiling import is_compiled
 from adamix.deep.config import DeepConfig
 from adamix.deep.data import Data, PublicBatches, secret_generators
 from adamix.deep.losses import Loss
@@ -101,7 +102,7 @@ def make_engine(
 def ask_uncompiled(task: Task, config: DeepConfig) -> None:
     """A forward pass of public rows, as long as all others, by which the engine finds which dimension is the batch:
     compiled code cannot be asked."""
-    if config.compile:
+    if config.compile or is_compiled(task.model):
         rows = task.public.rows(1, 0)[:1] * config.rows_per_pass(task.ranks.size)
         with torch.compiler.set_stance("force_eager"):
             task.losses(task.public.data.batch(rows))

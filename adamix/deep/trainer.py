@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adamix.deep.compiling import check_uncompiled, is_compiled
 from adamix.deep.config import DeepConfig
 from adamix.deep.data import Collate, Data, PublicBatches, secret_generators
 from adamix.deep.losses import Loss, check_loss, count_classes, default_loss, measure
@@ -119,6 +120,7 @@ class DeepAdaMix:
         self._make = maker(optimizer, rate)
         self._make_public = maker(optimizer, rate if public_rate is None else public_rate)
         check_module(unwrapped(model))
+        check_uncompiled(unwrapped(model))
         self.model, self._loss, self._collate = model, loss or default_loss, collate
 
     def fit(
@@ -211,10 +213,10 @@ class DeepAdaMix:
                 "loss: is a sum over rows, with noise_mode='secure': batches are as long as what was drawn then, and "
                 "the last bits of public gradients tell of it; return the losses of the rows [N], as token_loss does"
             )
-        if config.compile and not by_row:
+        if (config.compile or is_compiled(self.model)) and not by_row:
             raise InputError(
                 "compile: the loss is a sum over rows, whose batches are as long as what was drawn; compiled code "
-                "refuses some lengths, which would tell of it. Return the losses of the rows [N], or pass False"
+                "refuses some lengths, which would tell of it. Return the losses of the rows [N], or do not compile"
             )
         batches = PublicBatches(public, config.public_batch_size, config.seed)
         if batches.size < ranks.size:

@@ -41,6 +41,8 @@ class Attachment:
             parameter._dp_index = torch.tensor([engine._number, len(self.owned)])
             self.owned.append((name, parameter))
         self.stepped += named
+        for module in engine.model.modules():
+            _renew(module._parameters)
         self.watch()
         self.handles += [
             engine.model.register_forward_pre_hook(Hook(engine._forwards.before, traced=True), with_kwargs=True),
@@ -142,5 +144,14 @@ class Attachment:
             self.known_grads.add(parameter._dp_name)
 
     def _drop_all(self) -> None:
+        self._engine._passes.check_unrecorded("zero_grad()")
         self.known_grads.clear()
         self._engine._passes.drop()  # which an adapter may have put in place of the first
+
+
+def _renew(parameters: dict[str, Any]) -> None:
+    """The same dict, changed: that is all that torch 2.11 asks before it runs what it compiled of a model and has run
+    often, which without an engine makes ordinary gradients."""
+    same = dict(parameters)
+    parameters.clear()
+    parameters.update(same)

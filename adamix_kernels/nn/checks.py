@@ -69,10 +69,18 @@ def check_uncompiled(model: nn.Module) -> None:
         )
 
 
-def check_labels(kwargs: Mapping[str, Any]) -> None:
+def check_labels(kwargs: Mapping[str, Any], recorded: bool) -> None:
     """A model that is given labels makes its loss itself, of those that it does not ignore."""
     labels = kwargs.get("labels")
-    if isinstance(labels, Tensor) and labels.dim() > 1 and not labels.is_floating_point() and (labels == -100).any():
+    if not isinstance(labels, Tensor) or labels.dim() < 2 or labels.is_floating_point():
+        return
+    if recorded:
+        raise PrivacyError(
+            "graphed(): the model is given labels with loss_reduction='mean', and no replay can look for ignored "
+            "positions (-100) in them. Pass loss_reduction='sum', and have the model add the losses (transformers: "
+            "num_items_in_batch=1), or call backward() without a graph"
+        )
+    if (labels == -100).any():
         raise PrivacyError(
             "labels: hold ignored positions (-100) with loss_reduction='mean'; the mean over the other positions "
             "depends on how many of them other samples have. Pass loss_reduction='sum', and have the model add the "

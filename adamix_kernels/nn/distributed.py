@@ -32,8 +32,8 @@ def ranks_of(model: nn.Module, process_group: Any) -> Ranks | None:
     """The ranks that train a model; None if it is trained by this process alone.
 
     Raises:
-        PrivacyError: several processes run, and it is not said whether they train one model; or it is spread in a way
-            that cannot be made private.
+        PrivacyError: several processes run, and it is not said whether they train one model; or this one is not in the
+            group; or the model is spread in a way that cannot be made private.
         TypeError, ValueError: the group is none, or another one than the model's.
     """
     if not dist.is_available() or not dist.is_initialized():
@@ -43,9 +43,7 @@ def ranks_of(model: nn.Module, process_group: Any) -> Ranks | None:
     for name, module in model.named_modules():
         if type(module).__name__ == "FullyShardedDataParallel":
             raise PrivacyError(f"module {name!r} is FSDP's first version; use torch.distributed.fsdp.fully_shard()")
-    if process_group is not None and process_group != LOCAL and not isinstance(process_group, dist.ProcessGroup):
-        kind = type(process_group).__name__
-        raise TypeError(f"process_group: is {kind}; pass a torch.distributed.ProcessGroup, {LOCAL!r} or None")
+    _check_group(process_group)
     if any(type(p) is not nn.Parameter and hasattr(p, "device_mesh") for p in model.parameters()):
         from adamix_kernels.nn.sharded import Shards  # imports much that others do not need
 
@@ -68,6 +66,17 @@ def ranks_of(model: nn.Module, process_group: Any) -> Ranks | None:
         return None
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     return Replicas(process_group, device)
+
+
+def _check_group(process_group: Any) -> None:
+    if process_group == dist.GroupMember.NON_GROUP_MEMBER:  # what new_group() returns outside of it
+        raise PrivacyError(
+            f"process_group: rank {dist.get_rank()} is not in it; make the DPEngine on its members alone, or pass "
+            f"{LOCAL!r} if this process trains a model of its own"
+        )
+    if process_group is not None and process_group != LOCAL and not isinstance(process_group, dist.ProcessGroup):
+        kind = type(process_group).__name__
+        raise TypeError(f"process_group: is {kind}; pass a torch.distributed.ProcessGroup, {LOCAL!r} or None")
 
 
 def agreed_noise(ranks: Ranks | None, noise: Noise) -> Noise:

@@ -281,18 +281,22 @@ class DPEngine:
         `loss_fn`; dropout draws anew in each replay.
 
         Args:
-            loss_fn: gives the loss of `loss_fn(model, *batch)`, a scalar; it calls neither backward() nor step(), and
-                opens autocast itself. It has all samples from `batch`: others that it reads, such as labels, would be
-                those of the capture in each replay, and count each time.
+            loss_fn: gives the loss of `loss_fn(model, *batch)`, a scalar; it calls neither backward() nor step() nor
+                zero_grad(), and opens autocast itself. It has all samples from `batch`: others that it reads, such as
+                labels, would be those of the capture in each replay, and count each time.
             example: the tensors of a batch, on the model's CUDA device.
 
         Raises:
             PrivacyError: the model is compiled, or not on one CUDA device; the strategy is "two_pass" or "materialize";
                 noise is secure, the unit is "user", thresholds are a dict or a `PublicQuantile`; there is a public
-                subspace, or several ranks; it is called within `public()`, `mixed()` or autocast. A call: the same, or
-                memory, settings of clipping, trained parameters or modes of modules are not those captured.
+                subspace, or several ranks; it is called within `public()`, `mixed()` or autocast; `loss_fn` or the
+                model draws random numbers on the host, goes through the model of another engine, gives the model labels
+                to average over, or calls a function without a rule. A call: the same, or memory, settings of clipping,
+                trained parameters or modes of modules are not those captured.
             TypeError, ValueError: what is passed is no tensor; a batch has other shapes, dtypes or devices.
-            RuntimeError: of torch, for a model that reads numbers on the host or cannot be captured otherwise.
+            RuntimeError: of torch, for a model that reads numbers on the host or cannot be captured otherwise, such as
+                checkpoint() that preserves random states; or while the loss of an ordinary pass is still held, whose
+                nodes belong to another stream.
 
         Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs for what a graph can hold.
         """
@@ -356,6 +360,7 @@ class DPEngine:
         if torch.compiler.is_compiling():
             outside(self.zero_grad, set_to_none)
             return
+        self._passes.check_unrecorded("zero_grad()")
         with torch._C.DisableTorchFunctionSubclass():
             self._attached.zero_grad(set_to_none)
             self._attached.known_grads &= {name for name, p in self._attached.stepped if p.grad is not None}

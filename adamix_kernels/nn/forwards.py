@@ -51,7 +51,7 @@ class Forwards:
         check_autograd()
         check_modules(self._mixing)
         if self._engine.loss_reduction == "mean":
-            check_labels(kwargs)
+            check_labels(kwargs, self._engine._passes.recorded)
         self._engine._attached.watch()
         if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in found):
             raise PrivacyError(

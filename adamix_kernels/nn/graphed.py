@@ -6,6 +6,7 @@ and squared norms, lies in static memory that the next replay writes over: it is
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from adamix_kernels.nn.adaptive import PublicQuantile
 from adamix_kernels.nn.errors import PrivacyError
+from adamix_kernels.nn.hooks import outside
+from adamix_kernels.nn.passes import Passes
 from adamix_kernels.nn.probe import undone
 from adamix_kernels.nn.sums import StepSums
 from adamix_kernels.ops.noise import capturing
@@ -53,11 +56,12 @@ class Graphed:
         self._engine, self._loss_fn = engine, loss_fn
         check_graphed(engine)
         self._device = next(p.device for _, p in engine._attached.owned)
-        if capture is cuda_graph and any(p.device != self._device or not p.is_cuda for p in engine.model.parameters()):
-            raise PrivacyError(
-                f"graphed(): needs a CUDA device, and one that holds the whole model, which is on {self._device}; move "
-                "the model there before the engine is made, or call backward() without a graph"
-            )
+        for name, x in (*engine.model.named_parameters(), *engine.model.named_buffers()):
+            if x.device != self._device or (capture is cuda_graph and not x.is_cuda):
+                raise PrivacyError(
+                    f"graphed(): needs a CUDA device that holds the whole model, and {name!r} is on {x.device}; move "
+                    "the model to one before the engine is made, or call backward() without a graph"
+                )
         if not batch:
             raise ValueError("graphed(): got no example; pass the tensors of a batch")
         if torch.is_autocast_enabled(self._device.type):
@@ -79,9 +83,12 @@ class Graphed:
 
         Calls are made on one stream, for they share memory.
         """
+        if torch.compiler.is_compiling():
+            return outside(self, *batch)
         check_graphed(self._engine)
         self._check_state()
         self._check_tensors(batch)
+        self._engine._attached.watch()  # as a forward pass does: dropped gradients are seen, also after a failed step
         sums = self._engine._sums
         with torch.no_grad():
             sums.begin_pass()
@@ -101,17 +108,23 @@ class Graphed:
     def _pass(self) -> Left:
         """An ordinary pass, whose sums go beside those of the step, and whose threshold is read on the device."""
         engine = self._engine
-        sums, limit = engine._sums, engine._max_grad_norm
-        engine._max_grad_norm, engine._passes.recorded = self._limit, True
+        sums, limit, drawn = engine._sums, engine._max_grad_norm, _draws_of_host(self._device)
+        engine._max_grad_norm = self._limit
         try:
-            engine._sums = left = StepSums(engine, "sample")
-            loss = self._loss_fn(engine.model, *self._inputs)
-            if not isinstance(loss, Tensor):
-                raise TypeError(f"loss_fn: gives a {type(loss).__name__}; return the loss, a scalar tensor")
-            engine.backward(loss)
+            with engine._passes.recording():
+                engine._sums = left = StepSums(engine, "sample")
+                loss = self._loss_fn(engine.model, *self._inputs)
+                if not isinstance(loss, Tensor):
+                    raise TypeError(f"loss_fn: gives a {type(loss).__name__}; return the loss, a scalar tensor")
+                engine.backward(loss)
             changed = engine._max_grad_norm is not self._limit
         finally:
-            engine._sums, engine._max_grad_norm, engine._passes.recorded = sums, limit, False
+            engine._sums, engine._max_grad_norm = sums, limit
+        if _draws_of_host(self._device) != drawn:
+            raise PrivacyError(
+                "graphed(): loss_fn or the model draws random numbers on the host, which replays would repeat; draw "
+                f"them on {self._device}, or call backward() without a graph"
+            )
         if len(left.norm_sq) != 1 or changed:
             what = "sets max_grad_norm" if changed else f"makes {len(left.norm_sq)} private backward passes"
             raise PrivacyError(
@@ -146,6 +159,12 @@ class Graphed:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("graphed(): a captured pass cannot be copied or pickled; call dp.graphed() again")
+
+
+def _draws_of_host(device: torch.device) -> tuple[Any, ...]:
+    """The states of its generators; not that of torch where the model itself is there."""
+    own = b"" if device.type == "cpu" else bytes(torch.random.get_rng_state().tolist())
+    return random.getstate(), own
 
 
 def _shown(tensors: Sequence[tuple[list[int], torch.dtype]]) -> str:
@@ -193,7 +212,8 @@ def check_graphed(engine: DPEngine) -> None:
         f"it is called within public(), and its samples are private; for public rows {ordinary}": engine.is_public,
         f"it is called within mixed(), whose rows change; {ordinary}": engine.public_rows is not None,
         "it is called within backward(); call it afterwards": torch._C._current_graph_task_id() != -1,
-        "it is called within its own loss_fn; call it outside": engine._passes.recorded,
+        "it is called within the loss_fn of another; call it outside": Passes._recording is not None,
+        f"Opacus's adapter counts backward passes itself; {ordinary}": type(engine._passes) is not Passes,
         "it is called while another CUDA graph is captured, whose replays would not count; call it outside": (
             capturing()
         ),

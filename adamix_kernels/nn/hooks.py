@@ -49,9 +49,9 @@ class ZeroGrad:
         if torch.compiler.is_compiling():
             outside(self, set_to_none)
             return
+        self._drop()
         with torch._C.DisableTorchFunctionSubclass():
             type(self._model).zero_grad(self._model, set_to_none)
-        self._drop()
 
     def __deepcopy__(self, memo: Any) -> Any:
         return MethodType(type(self._model).zero_grad, memo.get(id(self._model), self._model))

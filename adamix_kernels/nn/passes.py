@@ -6,9 +6,10 @@ pass around it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -44,6 +45,8 @@ class _Pass:
 class Passes:
     """The backward passes of an engine, one at a time."""
 
+    _recording: ClassVar[Passes | None] = None  # whose passes graphed() captures, which count when they are replayed
+
     def __init__(self, engine: DPEngine) -> None:
         self._engine = engine
         self._parents: dict[int, int] = {}  # of nested graph tasks
@@ -56,7 +59,6 @@ class Passes:
         self._norm_sq: Tensor | None = None  # of the first of two backward passes
         self.coef: Tensor | None = None  # of the second
         self.twice = False
-        self.recorded = False  # within graphed(), which counts what replays leave
         self.stale = 0  # forward passes so far were before the last step
 
     def forget(self) -> None:
@@ -70,8 +72,21 @@ class Passes:
         """The model's zero_grad()."""
         self._engine._forget()
 
-    def check_unrecorded(self, what: str) -> None:
-        if self.recorded:
+    @property
+    def recorded(self) -> bool:
+        return Passes._recording is self
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        Passes._recording = self
+        try:
+            yield
+        finally:
+            Passes._recording = None
+
+    @staticmethod
+    def check_unrecorded(what: str) -> None:
+        if Passes._recording is not None:
             raise PrivacyError(
                 f"{what}: within the loss_fn of graphed(), which captures one private forward and backward pass; call "
                 "it outside"
@@ -117,6 +132,11 @@ class Passes:
                 )
             if self._engine.strategy == "two_pass" and not self.twice:
                 raise PrivacyError("strategy 'two_pass' needs two backward passes: call dp.backward(loss)")
+            if Passes._recording not in (None, self):
+                raise PrivacyError(
+                    "backward(): goes through the model of another DPEngine within the loss_fn of graphed(), and would "
+                    "count there when it is captured and never when it is replayed; call backward() without a graph"
+                )
             if capturing() and not self.recorded:
                 raise PrivacyError(
                     "backward(): is captured in a CUDA graph, whose replays would make sums of other samples that the "

@@ -80,7 +80,8 @@ class Rules:
             try:
                 return by_vmap(self, func, args, kwargs)
             except PrivacyError:  # no samples, but as large by chance; if they are, an ordinary gradient will tell
-                pass
+                if self.engine._passes.recorded:
+                    raise
         self.check_no_samples(found, name_of(func))
         return self.derive(func(*args, **kwargs), found)
 

@@ -125,6 +125,11 @@ def by_vmap(rules: Rules, function: Callable[..., Any], args: Sequence[Any], kwa
         raise PrivacyError(
             f"{rules.names(list(found_in(args, kwargs)))}: {what} works in place and has no rule; use another"
         )
+    if rules.engine._passes.recorded:
+        raise PrivacyError(
+            f"graphed(): {rules.names(list(found_in(args, kwargs)))}: {what} has no rule, and its rows are compared on "
+            "the host in each forward pass; call backward() without a graph, or freeze the parameter"
+        )
     leaves, spec = tree_flatten((list(args), dict(kwargs)))
     out = _call(function, spec, [plain(x) for x in leaves])
     leaves = [_of_one(rules, x) for x in leaves]

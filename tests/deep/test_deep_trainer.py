@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from small import EXACT, PRIVATE, PUBLIC, TEST, blobs, conv_net, fit, plain_steps, vector
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Subset, TensorDataset
 
@@ -174,6 +176,49 @@ def test_a_compiled_model_trains_as_it_does_uncompiled(monkeypatch: pytest.Monke
         model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
         found.append(vector(fit(model, compile=given, optimizer=plain_steps, steps=2, public_steps=1)))
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+
+
+def _whole(model: nn.Sequential) -> None:
+    model.compile()
+
+
+def _parts(model: nn.Sequential) -> None:
+    for part in model:
+        part.compile(backend="aot_eager")
+
+
+@pytest.mark.parametrize("compile_it", [None, _whole, _parts], ids=["compile=True", "model.compile()", "parts"])
+def test_models_compiled_in_every_way(compile_it: Callable[[Any], None] | None) -> None:
+    """By torch's own compiler for C++, inductor, too."""
+    torch._dynamo.reset()
+    counters.clear()
+    found = []
+    for given in (False, True):
+        model = conv_net()
+        if given and compile_it is not None:
+            compile_it(model)
+        of_run = {"compile": given and compile_it is None, "steps": 2, "public_steps": 1}
+        found.append(vector(fit(model, optimizer=plain_steps, **of_run)))
+    torch.testing.assert_close(*found, rtol=1e-5, atol=2e-6)
+    assert counters["frames"]["ok"], "compiled code ran"
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_compiled_models_whose_rows_would_show(in_place: bool) -> None:
+    """What compiled code refuses depends on the number of rows, which is fixed with losses by row alone."""
+    model = conv_net()
+    if in_place:
+        model[-1].compile()
+    with pytest.raises(InputError, match="compile: the loss is a sum over rows"):
+        fit(model, compile=not in_place, loss=lambda m, b: cross_entropy(m(b[0]), b[1], reduction="sum"))
+
+
+def test_the_result_of_torch_compile_is_refused() -> None:
+    for model in (torch.compile(conv_net()), nn.Sequential(nn.Identity(), torch.compile(conv_net()))):
+        with pytest.raises(
+            InputError, match=r"is the result of torch\.compile\(\); pass the model itself with compile"
+        ):
+            fit(model)
 
 
 def test_a_compiled_language_model_with_a_table_of_positions(monkeypatch: pytest.MonkeyPatch) -> None:

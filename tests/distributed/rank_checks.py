@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch._dynamo.utils
+import torch._functorch.config
 import torch.distributed as dist
 import torch.nn.functional as F
 from spawned import device_of
@@ -294,6 +295,46 @@ def compiled(kind: str, strategy: str, mode: str) -> tuple[float, int]:
             engine.optimizer.zero_grad()
         weights.append({name: whole(p) for name, p in engine.model.named_parameters()})
     return farthest(*weights), torch._dynamo.utils.counters["frames"]["ok"]
+
+
+def compiled_ways(kind: str, strategy: str, mode: str, recompute: bool) -> tuple[float, int]:
+    """The same of a model of several layers, whose sharded ones may be replicated or recomputed."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    options: dict[str, Any] = {}
+    if kind == "hybrid":
+        options["mesh"] = init_device_mesh(device_of(0).type, (2, 2), mesh_dim_names=("replicate", "shard"))
+    weights = []
+    for now in ("fsdp" if kind == "hybrid" else kind, "local"):
+        torch.manual_seed(0)
+        model = Model(recompute and now != "local")
+        called, engine = attached(now, model, mode=mode, strategy=strategy, options=options)
+        run = called if now == "local" else torch.compile(called, backend="aot_eager")
+        with torch._functorch.config.patch(donated_buffer=strategy != "two_pass"):
+            for batch in ([*range(16)], [*range(16, 32)]):
+                backward(run, engine, own_rows(now, batch))
+                engine.optimizer.step()
+                engine.optimizer.zero_grad()
+        weights.append({name: whole(p) for name, p in engine.model.named_parameters()})
+    return farthest(*weights), torch._dynamo.utils.counters["frames"]["ok"]
+
+
+def by_user(kind: str, strategy: str, mode: str) -> float:
+    """Two steps of two passes on users of several rows, of which each rank has its own; one pass has a rank's none."""
+    weights = []
+    for now in (kind, "local"):
+        called, engine = attached(now, mode=mode, strategy=strategy, unit="user", loss_reduction="sum")
+        for step in range(2):
+            for users in (range(5), [8 + step]):
+                owners = [user for user in own_rows(now, list(users)) for _ in range(2 + user % 2)]
+                x = torch.tensor([[(3 * user + 2 * i + step) % 11 for i in range(5)] for user in owners]).view(-1, 5)
+                with engine.users(owners):
+                    out = called(x.long().to(device_of(dist.get_rank())))
+                    engine.backward(out.square().sum() + out.sum())
+            engine.optimizer.step()
+            engine.optimizer.zero_grad()
+        weights.append({name: whole(p) for name, p in engine.model.named_parameters()})
+    return farthest(*weights)
 
 
 def evaluated(*reshard: Any) -> float:

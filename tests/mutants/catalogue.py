@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from catalogue_combos import COMBO_MUTANTS
 from catalogue_compile import COMPILE_MUTANTS
 from catalogue_distributed import DISTRIBUTED_MUTANTS
 from catalogue_flow import FLOW_MUTANTS, USER_MUTANTS
@@ -499,4 +500,5 @@ MUTANTS = [
     *DISTRIBUTED_MUTANTS,
     *SHARD_MUTANTS,
     *PLAN_MUTANTS,
+    *COMBO_MUTANTS,
 ]

@@ -18,8 +18,8 @@ GRAPHED_MUTANTS = [
     Mutant(
         "the sums of a capture count",
         GRAPHED,
-        "engine._sums, engine._max_grad_norm, engine._passes.recorded = sums, limit, False",
-        "engine._max_grad_norm, engine._passes.recorded = limit, False",
+        "            engine._sums, engine._max_grad_norm = sums, limit\n",
+        "            engine._max_grad_norm = limit\n",
         (REPLAYS,),
     ),
     Mutant(
@@ -67,7 +67,7 @@ GRAPHED_MUTANTS = [
     Mutant(
         "public samples may be part of a capture",
         PASSES,
-        "        if self.recorded:\n            raise",
+        "        if Passes._recording is not None:\n            raise",
         "        if False:\n            raise",
         (f"{TESTS}::test_a_loss_that_cannot_be_captured",),
     ),

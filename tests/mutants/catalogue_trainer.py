@@ -111,7 +111,7 @@ DEEP_TRAINER_MUTANTS = [
     Mutant(
         "compiled batches may be as long as the draw",
         TRAINER,
-        "if config.compile and not by_row:",
+        "if (config.compile or is_compiled(self.model)) and not by_row:",
         "if False:",
         (f"{STEPS}::test_what_is_wrong_is_named",),
     ),

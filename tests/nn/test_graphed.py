@@ -363,6 +363,7 @@ CHANGES: dict[str, tuple[Callable[[DPEngine], Any], str]] = {
     "eval": (lambda dp: dp.model.eval(), "eval"),
     "quantile": (lambda dp: setattr(dp, "max_grad_norm", PublicQuantile(0.5)), "PublicQuantile"),
     "subspace": (lambda dp: dp.public_subspace(rank=2), "subspace"),
+    "ranks": (lambda dp: setattr(dp, "ranks", object()), "over several ranks"),
     "detached": (lambda dp: dp.detach(), "detached"),
 }
 
@@ -453,7 +454,7 @@ def _again(dp: DPEngine, *data: Tensor) -> Tensor:
         (_steps, r"step\(\): within the loss_fn"),
         (_sets, "sets max_grad_norm"),
         (_twice, "2 private backward passes"),
-        (_again, "within its own loss_fn"),
+        (_again, "within the loss_fn of another"),
     ],
 )
 def test_a_loss_that_cannot_be_captured(loss: Callable[..., Tensor], message: str) -> None:
