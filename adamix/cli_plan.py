@@ -18,10 +18,10 @@ from adamix.cli_common import Commands, add_command, console_of, progress_bar
 from adamix.deep.tuning import MODES
 from adamix.errors import InputError
 from adamix.plan import PRESETS, SHAPES, Accounting, Estimate, Job, Rates, Setting, account, preset, resolve
-from adamix.plan.estimate import SHARDINGS
 from adamix.plan.measure import measure
 from adamix.plan.rates import default_path
-from adamix.plan.steps import OPTIMIZERS, PRECISIONS, STRATEGIES
+from adamix.plan.sharding import SHARDINGS
+from adamix.plan.steps import NOISE_MODES, OPTIMIZERS, PRECISIONS, STRATEGIES
 
 _GIB = 2**30
 
@@ -38,13 +38,23 @@ def add_plan(commands: Commands) -> None:
     step = parser.add_argument_group("step")
     step.add_argument("--batch", type=int, default=256, help="private rows of a step, of all devices together")
     step.add_argument("--micro-batch", type=int, help="rows at a time on a device; default: as many as fit")
-    step.add_argument("--public-rows", type=int, default=0, help="public rows of a step, on each device")
+    step.add_argument(
+        "--public-batch-size", type=int, default=0, help="public rows of a step, of all devices, in the same pass"
+    )
     step.add_argument("--strategy", choices=STRATEGIES, default="auto", help="of DPEngine")
-    step.add_argument("--precision", choices=tuple(PRECISIONS), default="bf16", help="of parameters and activations")
+    step.add_argument(
+        "--precision", choices=tuple(PRECISIONS), default="bfloat16", help="of parameters and activations, or autocast"
+    )
     step.add_argument("--optimizer", choices=tuple(OPTIMIZERS), default="adamw")
+    step.add_argument(
+        "--checkpointing", action="store_true", help="compute activations again in the backward pass (transformers)"
+    )
+    step.add_argument("--noise-mode", choices=NOISE_MODES, default="fast", help="secure: sums on an integer grid")
+    step.add_argument("--compile", action="store_true", help="not modelled: refused")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--gpus", type=int, default=1, help="devices")
     machine.add_argument("--sharding", choices=SHARDINGS, help="default: none on one device, else ddp")
+    machine.add_argument("--replicas", type=int, help="copies of the model, each sharded; with --sharding hsdp")
     machine.add_argument("--rates", help=f"{', '.join(PRESETS)} (data sheets), or a file; default: those of --measure")
     machine.add_argument("--measure", action="store_true", help="measure this machine's rates first, and keep them")
     machine.add_argument("--device", choices=("cpu", "cuda"), help="whose rates; default: a GPU if there is one")
@@ -90,8 +100,10 @@ def run_plan(arguments: argparse.Namespace) -> dict[str, Any]:
         "model": job.work.name,
         "setting": dataclasses.asdict(job.setting),
         "batch": job.batch,
+        "public_batch_size": arguments.public_batch_size,
         "devices": job.devices,
         "sharding": job.sharding,
+        "replicas": job.replicas,
         "memory": memory,
         "largest_micro_batch": most,
         "fits": estimate.memory.total <= memory,
@@ -167,7 +179,12 @@ def _job(arguments: argparse.Namespace, rates: Rates) -> Job:
             shape = ()
         if not shape or min(shape) < 1:
             raise InputError(f"input_shape: {arguments.input_shape!r} is not valid here; pass sizes such as 3,32,32")
-    for name, least in (("gpus", 1), ("public_rows", 0), ("lora_rank", 1), ("micro_batch", 1)):
+    if arguments.compile:
+        raise InputError(
+            "compile: what torch.compile makes of a step, fused and reordered, is not modelled; drop it for the plan of "
+            "the same step uncompiled, whose memory and communication are nearly the same"
+        )
+    for name, least in (("gpus", 1), ("public_batch_size", 0), ("lora_rank", 1), ("micro_batch", 1)):
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise InputError(f"{name}: {value} is not valid here; pass a whole number of at least {least}")
@@ -183,11 +200,13 @@ def _job(arguments: argparse.Namespace, rates: Rates) -> Job:
         precision=arguments.precision,
         optimizer=arguments.optimizer,
         device=rates.device,
-        public_rows=arguments.public_rows,
+        public_rows=math.ceil(arguments.public_batch_size / arguments.gpus),
         lora_rank=arguments.lora_rank,
+        checkpointing=arguments.checkpointing,
+        noise_mode=arguments.noise_mode,
     )
     sharding = arguments.sharding or ("none" if arguments.gpus == 1 else "ddp")
-    return Job(work, setting, arguments.batch, arguments.gpus, sharding)
+    return Job(work, setting, arguments.batch, arguments.gpus, sharding, arguments.replicas)
 
 
 def _warnings(estimate: Estimate, memory: int, rates: Rates) -> list[str]:

@@ -58,7 +58,7 @@ def test_plan(benchmark: Any, capsys: Any, name: str, rates: Rates) -> None:
     planned = Work(name, work.model, lambda _: work.batch(), lambda model, x, y: work.loss(model(x), y))
     lines, worst = [], 1.0
     for label, strategy in STRATEGIES.items():
-        setting = Setting(strategy, precision="fp32", optimizer="sgd", device="cpu")
+        setting = Setting(strategy, optimizer="sgd", device="cpu")
         estimate = Job(planned, setting, len(x)).estimate(len(x), rates)
         model, step = found[label]
         memory, seconds = allocated(step, model, (x, y)), times[label]

@@ -22,12 +22,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from adamix.errors import InputError
+from adamix.plan.functions import FLASH, Functions
 from adamix.plan.results import RESULTS
 from adamix_kernels.nn.parameter import storage, tensors
 from adamix_kernels.spec import Op, stand_in
 
-#: Attention that never writes its T x T scores: what torch takes on GPUs, and on CPUs under this name.
-FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 _FLASH_FLOPS = {
     FLASH: flop_registry[torch.ops.aten._scaled_dot_product_flash_attention],
@@ -47,10 +46,9 @@ KINDS = {
         "native_dropout".split(),
         "special",
     ),
+    **dict.fromkeys(("max_pool2d_with_indices", "avg_pool2d", "_adaptive_avg_pool2d"), "pool"),
     **dict.fromkeys(
-        "max_pool2d_with_indices max_pool2d_with_indices_backward avg_pool2d avg_pool2d_backward "
-        "_adaptive_avg_pool2d _adaptive_avg_pool2d_backward".split(),
-        "pool",
+        "max_pool2d_with_indices_backward avg_pool2d_backward _adaptive_avg_pool2d_backward".split(), "pool backward"
     ),
 }
 #: Without positions these are other work: the norms read their rows once, the sums are one product.
@@ -150,7 +148,7 @@ class Trace(TorchDispatchMode):
         if name in _LOOK_UPS:
             given = made
         moved = sum(_bytes(x) for x in (*given, *made))
-        flops = count(*args, **kwargs, out_val=out) if count is not None else 0
+        flops = count(*args, **kwargs, out_val=out) if count is not None else _windows(name, args, made)
         kind = KINDS.get(name, "in place" if func._schema.is_mutable else "memory")
         self.calls[Call(self.phase, kind, _dtype(given or made), int(flops), moved)] += 1
 
@@ -185,35 +183,18 @@ class Trace(TorchDispatchMode):
         """What runs inside is a part of the step; what it makes is held for `purpose`."""
         self.phase, self._default = phase, purpose
         self._note()
-        with self, _Attention(), stand_in(self.run_op, self.device):
+        with self, Functions(self.device), stand_in(self.run_op, self.device):
             yield
 
 
-class _Attention(torch.overrides.TorchFunctionMode):
-    """On meta tensors `scaled_dot_product_attention` would be spelt out, with its scores in memory."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not torch.nn.functional.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        return _attention(*args, **(kwargs or {}))
-
-
-def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    if enable_gqa:
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
-    out: Tensor = FLASH(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
-    return torch.nn.functional.dropout(out, dropout_p) if dropout_p else out
+def _windows(name: str, args: Sequence[Any], made: Sequence[Tensor]) -> int:
+    """Numbers that a pooling looks at, which its time goes by: a window for each result."""
+    if KINDS.get(name) != "pool":
+        return 0
+    if name == "_adaptive_avg_pool2d":
+        return int(args[0].numel())
+    window = args[1] if len(args[1]) == 2 else (args[1][0], args[1][0])
+    return made[0].numel() * window[0] * window[1]
 
 
 def _value(x: Tensor) -> Any:

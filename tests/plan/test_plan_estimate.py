@@ -31,7 +31,7 @@ FLAT = dataclasses.replace(
 
 def job(name: str = "mlp", strategy: str | None = "auto", **given: Any) -> Job:
     work, samples = WORKS[name]
-    return Job(work, Setting(strategy, precision="fp32"), **({"batch": samples} | given))
+    return Job(work, Setting(strategy), **({"batch": samples} | given))
 
 
 def parameters(name: str) -> int:
@@ -102,7 +102,7 @@ def test_micro_batches_repeat_the_passes_alone() -> None:
 
 def test_public_rows_cost_an_ordinary_pass() -> None:
     work, samples = WORKS["mlp"]
-    private = Job(work, Setting("auto", precision="fp32", public_rows=32), samples).estimate(samples, FLAT)
+    private = Job(work, Setting("auto", public_rows=32), samples).estimate(samples, FLAT)
     assert private.time.phases["public backward"] > 0
     assert "private forward" in private.time.phases
 
@@ -200,7 +200,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[
     return code, json.loads(caught.out.splitlines()[-1]) if caught.out else {}, caught.err
 
 
-MODEL = ("--model", "plan_models:cnn", "--input-shape", "1,28,28", "--batch", "32", "--precision", "fp32")
+MODEL = ("--model", "plan_models:cnn", "--input-shape", "1,28,28", "--batch", "32", "--precision", "float32")
 
 
 @pytest.fixture(autouse=True)
