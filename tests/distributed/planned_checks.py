@@ -61,9 +61,14 @@ def rows_of(samples: int) -> tuple[Tensor, Tensor]:
     return torch.arange(samples * 5).reshape(samples, 5) % 11, torch.arange(samples) % 3
 
 
+def wide() -> Model:
+    """Large beside what a step makes of its rows, so that its peak is that of parameters, sums and gradients."""
+    return Model(width=128)
+
+
 def made(kind: str, strategy: str | None, mode: str, public: bool) -> tuple[nn.Module, Any, DPEngine | None]:
     torch.manual_seed(0)
-    model = Model().to(device_of(dist.get_rank()))
+    model = wide().to(device_of(dist.get_rank()))
     options = {}
     if kind == "hsdp":
         options["mesh"] = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
@@ -112,6 +117,28 @@ def sent(kind: str, strategy: str | None, mode: str, public: bool, micro: int) -
     with Collectives() as collectives:
         step(*job, public, micro)
     return dict(collectives.sent)
+
+
+def held(kind: str, strategy: str | None, mode: str, public: bool, micro: int) -> dict[str, int]:
+    """Bytes that stay on this rank, and those that torch's allocator has given out at the peak of a step."""
+    called, optimizer, engine = made(kind, strategy, mode, public)
+    for _ in range(2):
+        step(called, optimizer, engine, public, micro)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watch:
+        step(called, optimizer, engine, public, micro)
+    assert watch.profiler is not None
+    events = [e for e in watch.profiler.kineto_results.events() if e.name() == "[memory]"]
+    peak = max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+    step_of = optimizer.step
+    gradients: list[int] = []
+    optimizer.step = lambda: (step_of(), gradients.append(sum(_bytes(p.grad) for p in called.parameters())))
+    step(called, optimizer, engine, public, micro)
+    found = {
+        "parameters": sum(_bytes(p) for p in called.parameters()),
+        "optimizer": sum(_bytes(s) for state in optimizer.state.values() for s in state.values()),
+        "gradients": gradients[0],
+    }
+    return found | {"peak": peak + found["parameters"] + found["optimizer"]}
 
 
 def _bytes(x: Tensor) -> int:
