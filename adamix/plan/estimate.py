@@ -124,15 +124,18 @@ class Job:
         return _traced(self.work, self.setting, micro_batch, accumulate)
 
     def memory(self, micro_batch: int, rates: Rates) -> Memory:
+        """Where a step holds most."""
+        return max(self.memory_by_phase(micro_batch, rates), key=lambda memory: memory.total)
+
+    def memory_by_phase(self, micro_batch: int, rates: Rates) -> list[Memory]:
         traced = self.traced(micro_batch)
         parameters = parameters_of(traced.model)
-        found = [
+        return [
             Memory(sum(parts.values()), parts, phase)
             for phase, peak in traced.trace.peaks.items()
-            for held in [self.spread.held(parameters, self.setting, peak, traced.uncut, phase)]
+            for held in [self.spread.held(parameters, self.setting, peak, phase)]
             for parts in [{"reserved": rates.reserved} | held]
         ]
-        return max(found, key=lambda memory: memory.total)
 
     def messages(self, traced: Traced, passes: int) -> list[Message]:
         layers = len({name.rpartition(".")[0] for name in traced.trained}) if self.by_layer else 1

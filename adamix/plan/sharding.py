@@ -159,13 +159,10 @@ class Spread:
     # --- what is held ------------------------------------------------------------------------------------------------
 
     def held(
-        self, parameters: Sequence[Parameter], setting: Setting, peak: Mapping[str, int], state: int, phase: str
+        self, parameters: Sequence[Parameter], setting: Setting, peak: Mapping[str, int], phase: str
     ) -> dict[str, int]:
-        """Of what one process would hold at its peak in a phase of the step, what one device does.
-
-        Args:
-            state: bytes of the optimizer's state that are not cut, such as counts of steps.
-        """
+        """Of what one process would hold at its peak in a phase of the step, what the first device does, whose shards
+        are the largest."""
         trained = [p for p in parameters if p.trained]
         parts = dict(peak)
         if self.kind == "ddp" and setting.strategy is None:
@@ -177,17 +174,12 @@ class Spread:
             return parts
         n = self.shards
 
-        def cut(bytes_: int, of: Sequence[Parameter]) -> int:
-            whole = sum(p.size for p in of)
-            return math.ceil(bytes_ * sum(p.part(n) for p in of) / whole) if whole else bytes_
-
-        for name in ("sums", "gradients", "temporaries of the update"):
+        # numbers of the parameters that are trained, of each as many bytes
+        whole, own = sum(p.size for p in trained), sum(p.part(n) for p in trained)
+        for name in ("sums", "gradients", "optimizer", "temporaries of the update"):
             if name in parts:
-                parts[name] = cut(parts[name], trained)
-        if "parameters" in parts:
-            parts["parameters"] = sum(p.part(n) * p.itemsize for p in parameters)
-        if "optimizer" in parts:
-            parts["optimizer"] = cut(parts["optimizer"] - state, trained) + state
+                parts[name] = math.ceil(parts[name] * own / whole)
+        parts["parameters"] = sum(p.part(n) * p.itemsize for p in parameters)
         if phase != "update":
             parts["gathered parameters"] = self._gathered(parameters)
             if phase.endswith("backward"):

@@ -88,7 +88,6 @@ class Traced:
 
     trace: Trace
     model: nn.Module
-    uncut: int  # bytes of the optimizer's state that belong to no number of a parameter, such as counts of steps
 
     @property
     def trained(self) -> list[str]:
@@ -136,21 +135,7 @@ def trace_step(work: Work, setting: Setting, micro_batch: int, accumulate: bool 
     trace.hold("inputs", first, private)
 
     def run(rows: Any, name: str) -> None:
-        x, y = rows
-        for kind in ("forward", "backward"):
-            for call in [call for call in trace.calls if call.phase == f"{name} {kind}"]:
-                del trace.calls[call]
-        lower = setting.precision == "autocast"
-        with trace.of(f"{name} forward", _PURPOSES["forward"]), autocast(setting.device, lower):
-            try:
-                loss = work.loss(model, x, y)
-            except (InputError, PrivacyError):
-                raise
-            except Exception as error:
-                message = f"model: {work.name} fails on inputs {list(x.shape)} ({one_line(error)}); pass what it takes"
-                raise InputError(message) from error
-        with trace.of(f"{name} backward", _PURPOSES["backward"]), autocast(setting.device, lower and setting.checkpointing):
-            loss.backward() if engine is None else engine.backward(loss)
+        _run_pass(trace, work, setting, model, engine, rows, name)
 
     def step(again: bool) -> None:
         if setting.public_rows:
@@ -167,8 +152,7 @@ def trace_step(work: Work, setting: Setting, micro_batch: int, accumulate: bool 
     try:
         with recompute_activations(model, setting.checkpointing):
             step(False)  # the optimizer makes its state, the engine looks at the shapes
-            state = [(p, s) for p, of_one in optimizer.state.items() for s in of_one.values()]
-            trace.hold("optimizer", [s for _, s in state])
+            trace.hold("optimizer", [s for state in optimizer.state.values() for s in state.values()])
             gc.collect()
             trace.peaks.clear()
             trace.calls.clear()
@@ -178,8 +162,29 @@ def trace_step(work: Work, setting: Setting, micro_batch: int, accumulate: bool 
     finally:
         if engine is not None:
             engine.detach()
-    uncut = sum(s.untyped_storage().nbytes() for p, s in state if s.is_meta and s.shape != p.shape)
-    return Traced(trace, model, uncut)
+    return Traced(trace, model)
+
+
+def _run_pass(
+    trace: Trace, work: Work, setting: Setting, model: nn.Module, engine: DPEngine | None, rows: Any, name: str
+) -> None:
+    """Forward and backward; what was written down of another of that name is dropped."""
+    x, y = rows
+    phases = f"{name} forward", f"{name} backward"
+    for call in [call for call in trace.calls if call.phase in phases]:
+        del trace.calls[call]
+    lower = setting.precision == "autocast"
+    with trace.of(phases[0], _PURPOSES["forward"]), autocast(setting.device, lower):
+        try:
+            loss = work.loss(model, x, y)
+        except (InputError, PrivacyError):
+            raise
+        except Exception as error:
+            message = f"model: {work.name} fails on inputs {list(x.shape)} ({one_line(error)}); pass what it takes"
+            raise InputError(message) from error
+    # what is computed again there is cast as before
+    with trace.of(phases[1], _PURPOSES["backward"]), autocast(setting.device, lower and setting.checkpointing):
+        loss.backward() if engine is None else engine.backward(loss)
 
 
 def attach(

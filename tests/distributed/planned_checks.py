@@ -133,12 +133,15 @@ def held(kind: str, strategy: str | None, mode: str, public: bool, micro: int) -
     gradients: list[int] = []
     optimizer.step = lambda: (step_of(), gradients.append(sum(_bytes(p.grad) for p in called.parameters())))
     step(called, optimizer, engine, public, micro)
+    stays = 0
+    if engine is None and hasattr(called, "no_sync"):  # the buckets of DistributedDataParallel
+        stays = sum(_bytes(p) for p in called.parameters())
     found = {
         "parameters": sum(_bytes(p) for p in called.parameters()),
-        "optimizer": sum(_bytes(s) for state in optimizer.state.values() for s in state.values()),
+        "optimizer": sum(_bytes(s) for state in optimizer.state.values() for s in state.values() if s.dim()),
         "gradients": gradients[0],
     }
-    return found | {"peak": peak + found["parameters"] + found["optimizer"]}
+    return found | {"peak": peak + stays + found["parameters"] + found["optimizer"]}
 
 
 def _bytes(x: Tensor) -> int:
