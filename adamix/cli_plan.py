@@ -181,8 +181,8 @@ def _job(arguments: argparse.Namespace, rates: Rates) -> Job:
             raise InputError(f"input_shape: {arguments.input_shape!r} is not valid here; pass sizes such as 3,32,32")
     if arguments.compile:
         raise InputError(
-            "compile: what torch.compile makes of a step, fused and reordered, is not modelled; drop it for the plan of "
-            "the same step uncompiled, whose memory and communication are nearly the same"
+            "compile: what torch.compile makes of a step is not modelled; drop it to plan the same step uncompiled, "
+            "which sends the same"
         )
     for name, least in (("gpus", 1), ("public_batch_size", 0), ("lora_rank", 1), ("micro_batch", 1)):
         value = getattr(arguments, name)

@@ -116,9 +116,11 @@ class Trace(TorchDispatchMode):
         self._now[purpose] -= size
         self._sum -= size
 
-    def _note(self) -> None:
-        if self.phase not in self.peaks or self._sum > sum(self.peaks[self.phase].values()):
-            self.peaks[self.phase] = {purpose: size for purpose, size in self._now.items() if size}
+    def _note(self, copies: int = 0) -> None:
+        """A peak, if it is one; with what an operation allocates for itself and frees."""
+        if self.phase not in self.peaks or self._sum + copies > sum(self.peaks[self.phase].values()):
+            found = {purpose: size for purpose, size in self._now.items() if size}
+            self.peaks[self.phase] = found | ({"copies within convolutions": copies} if copies else {})
 
     def _follow(self, out: Any) -> None:
         new = [x for x in tensors(out) if x.is_meta and storage(x) not in self._held]
@@ -135,6 +137,8 @@ class Trace(TorchDispatchMode):
         if self._recording:
             self._follow(out)
             self._record(func, args, kwargs, out)
+            if self.device == "cpu":
+                self._note(_copies(func, args, out))
         return out
 
     def _record(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
@@ -185,6 +189,26 @@ class Trace(TorchDispatchMode):
         self._note()
         with self, Functions(self.device), stand_in(self.run_op, self.device):
             yield
+
+
+#: Images of so few channels are read as they are.
+_PLAIN_CHANNELS = 4
+
+
+def _copies(func: Any, args: Sequence[Any], out: Any) -> int:
+    """Bytes that oneDNN allocates within a convolution on a CPU, beside the results: it reads and writes images in
+    blocks of channels, and torch copies them from and to rows. Seen with AVX-512; what cuDNN takes is not known."""
+    name = func._schema.name
+    if name == "aten::convolution":
+        return _blocked(args[0]) + _bytes(out)
+    if name == "aten::convolution_backward":
+        grad, x, wants_input, wants_weight = args[0], args[1], *args[-1][:2]
+        return max(2 * _bytes(x) * wants_input, (_blocked(x) + _bytes(grad)) * wants_weight)
+    return 0
+
+
+def _blocked(x: Tensor) -> int:
+    return _bytes(x) if x.shape[1] > _PLAIN_CHANNELS else 0
 
 
 def _windows(name: str, args: Sequence[Any], made: Sequence[Tensor]) -> int:
