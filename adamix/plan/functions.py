@@ -108,6 +108,13 @@ def autocast(device: str, enabled: bool) -> Iterator[None]:
         torch.set_autocast_dtype(device, before[1])
 
 
+@contextmanager
+def again(device: str, lower: bool) -> Iterator[None]:
+    """For what a backward pass computes again: modes of functions do not reach into it."""
+    with Functions(device), autocast(device, lower):
+        yield
+
+
 def _attention(
     query: Tensor,
     key: Tensor,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from adamix.deep.memory import recompute_activations
 from adamix.deep.tuning import tune
 from adamix.errors import InputError
-from adamix.plan.functions import autocast
+from adamix.plan.functions import again, autocast
 from adamix.plan.models import Work
 from adamix.plan.trace import Trace
 from adamix.storage import one_line
@@ -150,7 +150,9 @@ def trace_step(work: Work, setting: Setting, micro_batch: int, accumulate: bool 
             optimizer.zero_grad()
 
     try:
-        with recompute_activations(model, setting.checkpointing):
+        lower = setting.precision == "autocast"
+        contexts = {"context_fn": lambda: (nullcontext(), again(setting.device, lower))}
+        with recompute_activations(model, setting.checkpointing, **contexts):
             step(False)  # the optimizer makes its state, the engine looks at the shapes
             trace.hold("optimizer", [s for state in optimizer.state.values() for s in state.values()])
             gc.collect()
@@ -182,8 +184,7 @@ def _run_pass(
         except Exception as error:
             message = f"model: {work.name} fails on inputs {list(x.shape)} ({one_line(error)}); pass what it takes"
             raise InputError(message) from error
-    # what is computed again there is cast as before
-    with trace.of(phases[1], _PURPOSES["backward"]), autocast(setting.device, lower and setting.checkpointing):
+    with trace.of(phases[1], _PURPOSES["backward"]):
         loss.backward() if engine is None else engine.backward(loss)
 
 

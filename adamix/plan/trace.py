@@ -28,7 +28,7 @@ from adamix_kernels.nn.parameter import storage, tensors
 from adamix_kernels.spec import Op, stand_in
 
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-_FLASH_FLOPS = {
+FLASH_FLOPS = {
     FLASH: flop_registry[torch.ops.aten._scaled_dot_product_flash_attention],
     _FLASH_BACKWARD: flop_registry[torch.ops.aten._scaled_dot_product_flash_attention_backward],
 }
@@ -38,7 +38,7 @@ KINDS = {
     **dict.fromkeys(("mm", "addmm"), "matmul"),
     **dict.fromkeys(("bmm", "baddbmm"), "bmm"),
     **dict.fromkeys(("convolution", "convolution_backward"), "conv"),
-    **{str(x).removeprefix("aten."): "attention" for x in (*_FLASH_FLOPS, *flop_registry) if "attention" in str(x)},
+    **{str(x).removeprefix("aten."): "attention" for x in (*FLASH_FLOPS, *flop_registry) if "attention" in str(x)},
     **dict.fromkeys(
         "gelu gelu_backward silu silu_backward tanh exp log erf sigmoid pow softplus cos sin _softmax _log_softmax "
         "_softmax_backward_data _log_softmax_backward_data native_layer_norm native_layer_norm_backward "
@@ -93,6 +93,7 @@ class Trace(TorchDispatchMode):
         self._sum = 0  # of it
         self._purpose: str | None = None
         self._recording = True
+        self._whether_all: Callable[[], Tensor | None] = lambda: None  # what was asked last
 
     # --- memory ------------------------------------------------------------------------------------------------------
 
@@ -132,8 +133,10 @@ class Trace(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
-            return _value(args[0])
+            return _value(args[0], args[0] is self._whether_all())
         out = func(*args, **kwargs)
+        if func._overloadpacket is torch.ops.aten.all:
+            self._whether_all = weakref.ref(out)
         if self._recording:
             self._follow(out)
             self._record(func, args, kwargs, out)
@@ -148,7 +151,7 @@ class Trace(TorchDispatchMode):
         known = {storage(x) for x in given}
         if name in _FREE or (not func._schema.is_mutable and any(storage(x) in known for x in made)):
             return  # a view
-        count = _FLASH_FLOPS.get(func._overloadpacket) or flop_registry.get(func._overloadpacket)
+        count = FLASH_FLOPS.get(func._overloadpacket) or flop_registry.get(func._overloadpacket)
         if name in _LOOK_UPS:
             given = made
         moved = sum(_bytes(x) for x in (*given, *made))
@@ -202,8 +205,8 @@ def _copies(func: Any, args: Sequence[Any], out: Any) -> int:
     if name == "aten::convolution":
         return _blocked(args[0]) + _bytes(out)
     if name == "aten::convolution_backward":
-        grad, x, wants_input, wants_weight = args[0], args[1], *args[-1][:2]
-        return max(2 * _bytes(x) * wants_input, (_blocked(x) + _bytes(grad)) * wants_weight)
+        wants_input, wants_weight = args[-1][:2]
+        return max(2 * _bytes(args[1]) * wants_input, (_blocked(args[1]) + _bytes(args[0])) * wants_weight)
     return 0
 
 
@@ -221,10 +224,10 @@ def _windows(name: str, args: Sequence[Any], made: Sequence[Tensor]) -> int:
     return made[0].numel() * window[0] * window[1]
 
 
-def _value(x: Tensor) -> Any:
-    """Checks of a tensor pass; what else reads a value cannot be planned."""
+def _value(x: Tensor, whether_all: bool) -> Any:
+    """Checks of a tensor pass: all is well, and nothing else is so. What else reads a value cannot be planned."""
     if x.dtype == torch.bool:
-        return False
+        return whether_all
     raise InputError("model: looks at the values of a tensor, which a plan has not; pass a model whose way is fixed")
 
 
