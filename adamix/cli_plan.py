@@ -6,15 +6,15 @@ import argparse
 import dataclasses
 import math
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
-from adamix.cli_common import Commands, add_command, console_of, progress_bar
+from adamix.cli_common import Commands, add_command, console_of, progress_bar, table_of
 from adamix.deep.tuning import MODES
 from adamix.errors import InputError
 from adamix.plan import PRESETS, SHAPES, Accounting, Estimate, Job, Rates, Setting, account, preset, resolve
@@ -23,7 +23,7 @@ from adamix.plan.rates import default_path
 from adamix.plan.sharding import SHARDINGS
 from adamix.plan.steps import NOISE_MODES, OPTIMIZERS, PRECISIONS, STRATEGIES
 
-_GIB = 2**30
+_GIB, _MIB = 2**30, 2**20
 
 
 def add_plan(commands: Commands) -> None:
@@ -237,33 +237,42 @@ def _show(
 ) -> None:
     setting = job.setting
     batches = f"{estimate.micro_batches} x {estimate.micro_batch} rows" if estimate.micro_batches > 1 else "at once"
-    table = Table(
-        title=f"{escape(job.work.name)}: a step of {job.batch} private rows on {job.devices} x {escape(rates.name)}, "
-        f"estimated"
+    machine = f"{job.devices} x {escape(rates.name)}"
+    table = table_of(
+        f"{escape(job.work.name)}: a step of {job.batch} private rows on {machine}, estimated",
+        ("", f"private, {setting.strategy}", "not private", "ratio"),
     )
-    for column in ("", f"private, {setting.strategy}", "not private", "ratio"):
-        table.add_column(column, justify="left" if not column else "right")
 
-    def row(name: str, private: float, other: float, unit: float, digits: int) -> None:
+    def row(name: str, private: float, other: float, unit: float) -> None:
         ratio = f"{private / other:.2f}" if other else ""
-        table.add_row(name, f"{private / unit:.{digits}f}", f"{other / unit:.{digits}f}", ratio)
+        table.add_row(name, f"{private / unit:.2f}", f"{other / unit:.2f}", ratio)
 
-    for name in dict.fromkeys([*estimate.memory.parts, *ordinary.memory.parts]):
-        row(f"GiB {name}", estimate.memory.parts.get(name, 0), ordinary.memory.parts.get(name, 0), _GIB, 2)
-    row("[bold]GiB in all[/bold]", estimate.memory.total, ordinary.memory.total, _GIB, 2)
+    def parts(of: str, both: Sequence[Mapping[str, int]]) -> tuple[str, int]:
+        """A row for each, and the unit that suits their sum."""
+        unit, size = ("GiB", _GIB) if max(sum(one.values()) for one in both) >= _GIB else ("MiB", _MIB)
+        for name in dict.fromkeys(name for one in both for name in one):
+            row(f"{unit} {of}{name}", both[0].get(name, 0), both[1].get(name, 0), size)
+        return unit, size
+
+    unit, size = parts("", [estimate.memory.parts, ordinary.memory.parts])
+    row(f"[bold]{unit} in all[/bold]", estimate.memory.total, ordinary.memory.total, size)
     table.add_section()
     for field, name in _TIMES.items():
-        row(f"ms {name}", getattr(estimate.time, field), getattr(ordinary.time, field), 1e-3, 2)
+        row(f"ms {name}", getattr(estimate.time, field), getattr(ordinary.time, field), 1e-3)
     if job.devices > 1:
-        row("ms in all, all communication hidden", estimate.time.overlapped, ordinary.time.overlapped, 1e-3, 2)
+        row("ms in all, all communication hidden", estimate.time.overlapped, ordinary.time.overlapped, 1e-3)
         table.add_section()
-        for name in dict.fromkeys([*estimate.communication.parts, *ordinary.communication.parts]):
-            sent = (x.communication.parts.get(name, 0) for x in (estimate, ordinary))
-            row(f"GiB sent, {name}", next(sent), next(sent), _GIB, 3)
+        parts("sent, ", [estimate.communication.parts, ordinary.communication.parts])
     console.print(table)
+    options = [
+        *([f"{setting.public_rows} public rows on a device in the same pass"] if setting.public_rows else []),
+        *(["activations computed again"] if setting.checkpointing else []),
+        *(["secure noise"] if setting.noise_mode == "secure" else []),
+    ]
     console.print(
         f"{estimate.parameters / 1e6:.4g} M parameters, {estimate.trained / 1e6:.4g} M trained ({setting.tuning}), "
-        f"{setting.precision}, {setting.optimizer}, {job.sharding} sharding; a device's {estimate.rows} rows "
+        f"{', '.join([setting.precision, setting.optimizer, *options])}, {job.sharding} sharding; "
+        f"a device's {estimate.rows} private rows "
         f"{batches}. Of {memory / _GIB:.4g} GiB the largest micro-batch is {most or 'none: one row is too many'}.",
         markup=False,
     )

@@ -9,7 +9,6 @@ by the same factor, and rows that agree together are no independent evidence. Ru
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import pytest
@@ -17,9 +16,9 @@ import torch
 from interleaved import medians
 from step_models import WORKS
 from step_peers import contenders
-from torch.profiler import ProfilerActivity, profile
 
 from adamix.plan import Job, Rates, Setting, Work
+from adamix.plan.allocated import peak_allocated
 from adamix.plan.measure import measure
 
 STRATEGIES = {
@@ -38,14 +37,9 @@ def rates() -> Rates:
 def allocated(step: Any, model: torch.nn.Module, rows: Any) -> int:
     """Bytes at the peak of a step; its gradients, which the loop keeps until the next, are made anew."""
     model.zero_grad()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watch:
-        step()
-    assert watch.profiler is not None
-    events = sorted(
-        (e for e in watch.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()
-    )
+    peak = peak_allocated(step)
     stays = sum(t.untyped_storage().nbytes() for t in [*(p.detach() for p in model.parameters()), *rows])
-    return stays + max(itertools.accumulate(e.nbytes() for e in events))
+    return stays + peak
 
 
 @pytest.mark.parametrize("name", WORKS)
@@ -56,12 +50,13 @@ def test_plan(benchmark: Any, capsys: Any, name: str, rates: Rates) -> None:
     found = {label: made for label, made in contenders(work, x, y, 1.0, False) if label in STRATEGIES}
     times = medians({label: step for label, (_, step) in found.items()}, "cpu", work.rounds, loop=True)
     planned = Work(name, work.model, lambda _: work.batch(), lambda model, x, y: work.loss(model(x), y))
-    lines, worst = [], 1.0
+    lines, planned_seconds, memories, worst = [], {}, {}, 1.0
     for label, strategy in STRATEGIES.items():
         setting = Setting(strategy, optimizer="sgd", device="cpu")
         estimate = Job(planned, setting, len(x)).estimate(len(x), rates)
         model, step = found[label]
         memory, seconds = allocated(step, model, (x, y)), times[label]
+        planned_seconds[label], memories[label] = estimate.time.total, (estimate.memory.total, memory)
         errors = estimate.time.total / seconds, estimate.memory.total / memory
         worst = max(worst, errors[0], 1 / errors[0])
         lines.append(
@@ -72,5 +67,6 @@ def test_plan(benchmark: Any, capsys: Any, name: str, rates: Rates) -> None:
         print("\n".join([f"\nplan, {name}", *lines]))
     assert worst < 2, "adamix plan is off by more than a factor of 2 in time"
     benchmark.group = "plan cpu"
-    benchmark.extra_info.update(device="cpu", seconds=times)
+    benchmark.extra_info.update(device="cpu", seconds=times, planned_seconds=planned_seconds)
+    benchmark.extra_info.update({"planned and measured bytes": memories})
     benchmark.pedantic(lambda: None, rounds=1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import Counter
 from typing import Any
@@ -15,9 +14,9 @@ from spawned import device_of
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
-from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from adamix.plan.allocated import peak_allocated
 from adamix_kernels import DPEngine, PublicQuantile
 
 ROWS, PUBLIC = 16, 8  # of all ranks, in a step
@@ -124,11 +123,7 @@ def held(kind: str, strategy: str | None, mode: str, public: bool, micro: int) -
     called, optimizer, engine = made(kind, strategy, mode, public)
     for _ in range(2):
         step(called, optimizer, engine, public, micro)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watch:
-        step(called, optimizer, engine, public, micro)
-    assert watch.profiler is not None
-    events = [e for e in watch.profiler.kineto_results.events() if e.name() == "[memory]"]
-    peak = max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+    peak = peak_allocated(lambda: step(called, optimizer, engine, public, micro))
     step_of = optimizer.step
     gradients: list[int] = []
     optimizer.step = lambda: (step_of(), gradients.append(sum(_bytes(p.grad) for p in called.parameters())))

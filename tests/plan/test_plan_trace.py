@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ import pytest
 import torch
 from plan_models import WORKS
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
@@ -22,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from adamix.deep.memory import recompute_activations
 from adamix.errors import InputError
 from adamix.plan import Job, Setting, preset, resolve
+from adamix.plan.allocated import peak_allocated
 from adamix.plan.rates import BY_FLOPS
 from adamix.plan.results import RESULTS
 from adamix.plan.steps import OPTIMIZERS, PRECISIONS, STRATEGIES, attach, trace_step
@@ -54,8 +54,8 @@ def test_results_are_those_of_the_references(name: str, case: Any, dtype: torch.
     assert described(RESULTS[name](arguments)) == described(OPS[name](**given))
 
 
-def real_step(name: str, setting: Setting, watch: Any) -> int:
-    """The second step, under `watch`. Gives the bytes of what stays: model, rows and what the first step has made."""
+def real_step(name: str, setting: Setting, watch: Callable[[Callable[[], None]], Any]) -> int:
+    """The second step, given to `watch`. Gives the bytes of what stays: model, rows, what the first step has made."""
     work, samples = WORKS[name]
     model = work.build().to(PRECISIONS[setting.precision])
     x, y = work.batch(samples + setting.public_rows)
@@ -75,8 +75,7 @@ def real_step(name: str, setting: Setting, watch: Any) -> int:
 
     with recompute_activations(model, setting.checkpointing):
         step()
-        with watch:
-            step()
+        watch(step)
     state = [s for state in chosen.state.values() for s in state.values()]
     return sum(
         t.untyped_storage().nbytes()
@@ -84,13 +83,19 @@ def real_step(name: str, setting: Setting, watch: Any) -> int:
     )
 
 
+def within(context: contextlib.AbstractContextManager[Any]) -> Callable[[Callable[[], None]], None]:
+    def watch(step: Callable[[], None]) -> None:
+        with context:
+            step()
+
+    return watch
+
+
 def allocated(name: str, setting: Setting) -> int:
-    """Bytes that torch's allocator has given out at the peak of a real step, by torch's profiler."""
-    watch = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
-    stays = real_step(name, setting, watch)
-    assert watch.profiler is not None
-    events = [e for e in watch.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return stays + max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+    """Bytes that torch's allocator has given out at the peak of a real step."""
+    peaks: list[int] = []
+    stays = real_step(name, setting, lambda step: peaks.append(peak_allocated(step)))
+    return stays + peaks[0]
 
 
 OPTIONS = {
@@ -138,7 +143,7 @@ def test_checkpointing_is_that_of_the_real_step(gpt2: str, strategy: str | None,
     assert 1.2 < ratio < 4 / 3  # of four products forward and backward one more
     if strategy is None:
         real = Trace("cpu")
-        real_step(gpt2, setting, real)
+        real_step(gpt2, setting, within(real))
         products, found = (
             Counter({call: n for call, n in alike(trace).items() if call[0] in BY_FLOPS})
             for trace in (job.traced(samples).trace, real)
@@ -167,7 +172,7 @@ def test_products_are_those_of_the_real_step(name: str) -> None:
     work, samples = WORKS[name]
     counter = FlopCounterMode(display=False)
     setting = Setting(None, device="cpu")
-    real_step(name, setting, counter)
+    real_step(name, setting, within(counter))
     trace = trace_step(work, setting, samples).trace
     found = sum(call.flops * n for call, n in trace.calls.items() if call.kind != "pool")  # which multiplies nothing
     assert found == counter.get_total_flops()
@@ -179,7 +184,7 @@ def test_calls_are_those_of_the_real_step(name: str, precision: str) -> None:
     """Of an ordinary step each ATen operation, in the type in which it is made: what autocast casts, too."""
     setting = Setting(None, optimizer="sgd", precision=precision, device="cpu")
     real = Trace("cpu")
-    real_step(name, setting, real)
+    real_step(name, setting, within(real))
     planned = trace_step(WORKS[name][0], setting, WORKS[name][1]).trace
 
     assert alike(planned) == alike(real)
@@ -213,7 +218,7 @@ def test_the_ops_are_those_of_the_real_step(strategy: str, monkeypatch: pytest.M
     work, samples = WORKS["transformer"]
     real = note_ops(monkeypatch)
     setting = Setting(strategy, optimizer="sgd", device="cpu")
-    real_step("transformer", setting, contextlib.nullcontext())
+    real_step("transformer", setting, lambda step: step())
     monkeypatch.undo()
     trace = trace_step(work, setting, samples).trace
     planned = sorted(
@@ -233,7 +238,7 @@ def test_the_ratio_of_times_is_that_of_products(name: str, strategy: str, monkey
         counter = FlopCounterMode(display=False)
         counter.flop_registry = counter.flop_registry | FLASH_FLOPS  # attention on a CPU is not in torch's own
         ops = note_ops(monkeypatch)
-        real_step(name, setting, counter)
+        real_step(name, setting, within(counter))
         monkeypatch.undo()
         return counter.get_total_flops() + sum(flops for op, flops in ops[len(ops) // 2 :] if op in BY_FLOPS)
 
