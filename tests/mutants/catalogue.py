@@ -9,6 +9,7 @@ from catalogue_graphed import GRAPHED_MUTANTS
 from catalogue_ledger import LEDGER_MUTANTS
 from catalogue_mixed import MIXED_MUTANTS
 from catalogue_plan import PLAN_MUTANTS
+from catalogue_planned import PLANNED_MUTANTS
 from catalogue_resume import RESUME_MUTANTS
 from catalogue_secure import SECURE_MUTANTS
 from catalogue_subspace import SUBSPACE_MUTANTS
@@ -497,4 +498,5 @@ MUTANTS = [
     *SUBSPACE_MUTANTS,
     *DISTRIBUTED_MUTANTS,
     *PLAN_MUTANTS,
+    *PLANNED_MUTANTS,
 ]

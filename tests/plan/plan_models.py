@@ -42,6 +42,6 @@ def tokens(length: int) -> Callable[[int], tuple[Tensor, Tensor]]:
 #: By name: a work and the rows of a step.
 WORKS = {
     "cnn": (Work("cnn", cnn, rows(1, 28, 28), classify), 64),
-    "mlp": (Work("mlp", mlp, rows(784), classify), 128),
+    "mlp": (Work("mlp", mlp, rows(784), classify), 32),
     "transformer": (Work("transformer", lambda: Transformer(500, 128, 4, 2, 48), tokens(48), predict), 8),
 }
