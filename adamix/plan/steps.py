@@ -207,6 +207,7 @@ def attach(
                 strategy=setting.strategy,
                 loss_reduction="sum" if secure and setting.public_rows else "mean",  # which the engine insists on
                 noise=Noise(mode="secure") if secure else Noise(seed=0),
+                process_group="local",  # whatever ranks this process may be one of
             )
         except (PrivacyError, ValueError) as error:
             raise InputError(f"model: DPEngine refuses it: {error}") from error
