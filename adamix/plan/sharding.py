@@ -184,7 +184,16 @@ class Spread:
             parts["gathered parameters"] = self._gathered(parameters)
             if phase.endswith("backward"):
                 parts["sums on their way"] = self._on_their_way(trained, setting)
+                if setting.strategy is not None:
+                    return max(parts, self._at_the_end(parts, trained, setting), key=lambda held: sum(held.values()))
         return parts
+
+    @staticmethod
+    def _at_the_end(parts: Mapping[str, int], trained: Sequence[Parameter], setting: Setting) -> dict[str, int]:
+        """Of a backward pass: layers are gone, the last sums are copied side by side to be sent."""
+        gone = ("activations", "backprops and temporaries", "gathered parameters", "copies within convolutions")
+        left = {name: size for name, size in parts.items() if name not in gone}
+        return left | {"sums on their way": 2 * sum_width(setting) * max(buckets([p.size for p in reversed(trained)]))}
 
     def _gathered(self, parameters: Sequence[Parameter]) -> int:
         """The root's own stay from the forward pass to the backward pass; of the blocks one is used, one prefetched."""
@@ -196,14 +205,14 @@ class Spread:
 
     @staticmethod
     def _on_their_way(trained: Sequence[Parameter], setting: Setting) -> int:
-        """Whole sums that wait to be scattered together, beside the copy that is sent; an ordinary step sends a block's
-        gradients."""
+        """Whole sums that wait to be scattered together, and the copy that is sent; of an ordinary step a block's."""
         if setting.strategy is None:
             units: dict[int, int] = {}
             for p in trained:
                 units[p.unit] = units.get(p.unit, 0) + p.size * p.itemsize
             return max(units.values(), default=0)
-        return sum_width(setting) * max(buckets([p.size for p in reversed(trained)]), default=0)
+        sent = buckets([p.size for p in reversed(trained)])
+        return sum_width(setting) * max(sent) * (1 if len(sent) == 1 else 2)  # of one that is full, in the midst of it
 
 
 def sum_width(setting: Setting) -> int:
