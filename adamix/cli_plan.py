@@ -90,7 +90,7 @@ def run_plan(arguments: argparse.Namespace) -> dict[str, Any]:
         rows = arguments.micro_batch or min(job.rows, max(1, most))
         estimate = job.estimate(rows, rates)
         ordinary = job.without_privacy().estimate(rows, rates)
-    for message in _warnings(estimate, memory, rates):
+    for message in _warnings(estimate, memory, rates, job.setting):
         warnings.warn(message, stacklevel=1)
     _show(console, job, estimate, ordinary, memory, most, rates)
     if accounting is not None:
@@ -209,7 +209,7 @@ def _job(arguments: argparse.Namespace, rates: Rates) -> Job:
     return Job(work, setting, arguments.batch, arguments.gpus, sharding, arguments.replicas)
 
 
-def _warnings(estimate: Estimate, memory: int, rates: Rates) -> list[str]:
+def _warnings(estimate: Estimate, memory: int, rates: Rates, setting: Setting) -> list[str]:
     found = []
     if estimate.memory.total > memory:
         found.append(
@@ -218,6 +218,8 @@ def _warnings(estimate: Estimate, memory: int, rates: Rates) -> list[str]:
         )
     if rates.measured and estimate.missing:
         found.append(f"rates: none is known of {', '.join(estimate.missing)}; products or copies stand for them")
+    if rates.measured and setting.precision != "float32" and not any(key.endswith("bfloat16") for key in rates.curves):
+        found.append("rates: none was measured in bfloat16, which is slow here; those of float32 stand for them")
     return found
 
 

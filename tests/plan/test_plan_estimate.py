@@ -280,6 +280,8 @@ def test_measured_rates_are_kept_and_read(capsys: pytest.CaptureFixture[str]) ->
     assert dataclasses.asdict(Rates.load(default_path("cpu")))["name"] == "a machine"
     code, found, _ = run(capsys, *MODEL, "--device", "cpu")
     assert code == 0 and found["rates"]["measured"]
+    code, _, shown = run(capsys, *MODEL[:-1], "autocast", "--device", "cpu")
+    assert code == 0 and "rates: none was measured in bfloat16" in shown
     code, _, shown = run(capsys, *MODEL, "--device", "cpu", "--gpus", "2")
     assert code == 2 and "bandwidth: the rates do not say" in shown
     default_path("cpu").write_text("{")
