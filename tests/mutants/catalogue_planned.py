@@ -79,10 +79,7 @@ PLANNED_MUTANTS = [
         STEPS,
         'noise=Noise(mode="secure") if secure else Noise(seed=0),',
         "noise=Noise(seed=0),",
-        (
-            f"{TRACES}::test_memory_with_options_is_that_of_the_real_step",
-            f"{ESTIMATES}::test_secure_noise_makes_all_gradients",
-        ),
+        (f"{ESTIMATES}::test_secure_noise_makes_all_gradients",),
     ),
     Mutant(
         "a plan's convolutions copy nothing",
