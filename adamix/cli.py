@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 import adamix_kernels
 from adamix import baselines, features
 from adamix.cli_budget import add_ledger_flags, check_ledger_flags, make_new_ledger
-from adamix.cli_common import Commands, add_command, add_settings, console_of, find_device, progress_bar
+from adamix.cli_common import Commands, add_command, add_settings, console_of, find_device, progress_bar, table_of
 from adamix.config import Config
 from adamix.data import DEFAULT_SOURCE, Split, load_split
 from adamix.datasets import BENCHMARKS
@@ -154,9 +153,8 @@ def summarise(result: Result, split: Split, seed: int) -> dict[str, Any]:
 
 def _show_run(console: Console, summary: dict[str, Any], split: Split) -> None:
     size = "" if split.expected_batch_size is None else f", {split.expected_batch_size} private rows"
-    table = Table(title=f"{escape(split.name)}: {len(split.public.y)} public rows{size}")
-    for column in ("", "test error %", "epsilon", "delta"):
-        table.add_column(column, justify="left" if not column else "right")
+    title = f"{escape(split.name)}: {len(split.public.y)} public rows{size}"
+    table = table_of(title, ("", "test error %", "epsilon", "delta"))
     table.add_row("public only", f"{summary['public_error']:.2f}", "0", "0")
     table.add_row(
         "AdaMix",
@@ -218,9 +216,8 @@ def run_info(arguments: argparse.Namespace) -> dict[str, Any]:
     console.print(", ".join(f"{name} {found}" for name, found in versions.items()))
     console.print(f"{os.cpu_count()} processors, {torch.get_num_threads()} threads, cuda: {torch.cuda.is_available()}")
     kernels = adamix_kernels.backends()
-    table = Table(title="kernels")
-    for column in ("op", *next(iter(kernels.values()))):
-        table.add_column(column)
+    columns = ("op", *next(iter(kernels.values())))
+    table = table_of("kernels", columns, columns)
     for op, states in kernels.items():
         table.add_row(op, *("runs" if state == "runs" else "-" for state in states.values()))
     console.print(table)

@@ -8,11 +8,10 @@ import sys
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from adamix.audit import Report, audit
 from adamix.audit.audit import ROWS_PER_EPSILON
-from adamix.cli_common import Commands, add_command, console_of, progress_bar
+from adamix.cli_common import Commands, add_command, console_of, progress_bar, table_of
 
 
 def add_audit(commands: Commands) -> None:
@@ -61,18 +60,17 @@ def run_audit(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _show(console: Console, report: Report) -> None:
-    bounds = Table(
-        title=f"epsilon at delta {report.delta:g}, bounds at {100 * report.confidence:g} % confidence together"
+    bounds = table_of(
+        f"epsilon at delta {report.delta:g}, bounds at {100 * report.confidence:g} % confidence together",
+        ("", "canaries", "claimed", "theory", "lower bound", "any mechanism", "verdict"),
+        ("", "verdict"),
     )
-    for column in ("", "canaries", "claimed", "theory", "lower bound", "any mechanism", "verdict"):
-        bounds.add_column(column, justify="left" if column in ("", "verdict") else "right")
     for row in report.rows:
         figures = (row.claimed, row.theory, row.bound.lower, row.bound.model_free)
         cells = [f"{value:.3f}" for value in figures]
         bounds.add_row(f"{row.subject}, {row.batches}", str(row.bound.trials), *cells, _verdict(row.passed))
-    checks = Table(title="noise and sampling")
-    for column in ("check", "measured", "p", "verdict"):
-        checks.add_column(column)
+    columns = ("check", "measured", "p", "verdict")
+    checks = table_of("noise and sampling", columns, columns)
     for check in report.checks:
         checks.add_row(check.name, check.measured, f"{check.p_value:.2g}", _verdict(check.passed))
     console.print(bounds)

@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from adamix import baselines
-from adamix.cli_common import Commands, add_command, console_of, progress_bar
+from adamix.cli_common import Commands, add_command, console_of, progress_bar, table_of
 from adamix.config import Config
 from adamix.data import DEFAULT_SOURCE, load_split
 from adamix.datasets import BENCHMARKS
@@ -127,9 +127,7 @@ _COLUMNS = ("method", "test error %", "increase over the paragon %")
 
 
 def _table(record: dict[str, Any]) -> Table:
-    table = Table(title=_title(record))
-    for column in _COLUMNS:
-        table.add_column(column, justify="left" if column == "method" else "right")
+    table = table_of(_title(record), _COLUMNS, _COLUMNS[:1])
     for cells in _cells(record):
         table.add_row(*cells)
     return table

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
-from rich.table import Table
 
-from adamix.cli_common import Commands, add_command, console_of
+from adamix.cli_common import Commands, add_command, console_of, table_of
 from adamix.errors import InputError
 from adamix.ledger import Ledger
 from adamix.ledger_records import UNITS, Book, Run, read_ledger
@@ -35,9 +34,11 @@ def run_budget(arguments: argparse.Namespace) -> dict[str, Any]:
         "left": book.left(),
         "runs": runs,
     }
-    table = Table(title=f"{escape(book.data_set)}: protects one {book.unit}, delta {book.delta:g}")
-    for column in ("run", "started", "noise multiplier", "sample rate", "steps", "epsilon", ""):
-        table.add_column(column, justify="left" if column in {"run", "started", ""} else "right")
+    table = table_of(
+        f"{escape(book.data_set)}: protects one {book.unit}, delta {book.delta:g}",
+        ("run", "started", "noise multiplier", "sample rate", "steps", "epsilon", ""),
+        ("run", "started", ""),
+    )
     for run in runs:
         table.add_row(
             run["run"][:8],

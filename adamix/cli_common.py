@@ -6,12 +6,13 @@ import argparse
 import dataclasses
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
+from rich.table import Table
 
 from adamix.config import Budget
 from adamix.errors import InputError
@@ -36,6 +37,14 @@ def progress_bar() -> Progress:
     """On stderr, gone at the end, and only where somebody looks."""
     console = Console(stderr=True)
     return Progress(console=console, transient=True, disable=not console.is_terminal)
+
+
+def table_of(title: str, columns: Iterable[str], words: Collection[str] = ("",)) -> Table:
+    """An empty table; columns named in `words` are flush left, those of numbers right."""
+    table = Table(title=title)
+    for column in columns:
+        table.add_column(column, justify="left" if column in words else "right")
+    return table
 
 
 def add_settings(parser: argparse.ArgumentParser, config: type[Budget], defaults: Mapping[str, Any]) -> None:

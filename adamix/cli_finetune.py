@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from adamix.checkpoint import holds_a_run
 from adamix.cli_budget import add_ledger_flags, check_ledger_flags, make_new_ledger
-from adamix.cli_common import Commands, add_command, add_settings, console_of, find_device, progress_bar
+from adamix.cli_common import Commands, add_command, add_settings, console_of, find_device, progress_bar, table_of
 from adamix.deep import DeepAdaMix, DeepConfig, DeepResult
 from adamix.deep.ranks import Ranks, job_of_torchrun
 from adamix.deep.recipes import RECIPES, Job, load_recipe, prepare
@@ -157,9 +156,8 @@ def _summarise(result: DeepResult, recipe: str, ranks: int) -> dict[str, Any]:
 
 
 def _show(console: Console, summary: dict[str, Any], result: DeepResult, job: Job) -> None:
-    table = Table(title=f"{summary['recipe']}: {result.tuned}")
-    for column in ("", "test error %", "test loss", "epsilon", "delta"):
-        table.add_column(column, justify="left" if not column else "right")
+    columns = ("", "test error %", "test loss", "epsilon", "delta")
+    table = table_of(f"{summary['recipe']}: {result.tuned}", columns)
     for name, key, cost in (
         ("public only", "public", ("0", "0")),
         ("AdaMix", "test", (f"{summary['epsilon']:.4g}", f"{summary['delta']:g}")),

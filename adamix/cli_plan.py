@@ -6,24 +6,24 @@ import argparse
 import dataclasses
 import math
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
-from adamix.cli_common import Commands, add_command, console_of, progress_bar
+from adamix.cli_common import Commands, add_command, console_of, progress_bar, table_of
 from adamix.deep.tuning import MODES
 from adamix.errors import InputError
 from adamix.plan import PRESETS, SHAPES, Accounting, Estimate, Job, Rates, Setting, account, preset, resolve
-from adamix.plan.estimate import SHARDINGS
 from adamix.plan.measure import measure
 from adamix.plan.rates import default_path
-from adamix.plan.steps import OPTIMIZERS, PRECISIONS, STRATEGIES
+from adamix.plan.sharding import SHARDINGS
+from adamix.plan.steps import NOISE_MODES, OPTIMIZERS, PRECISIONS, STRATEGIES
 
-_GIB = 2**30
+_GIB, _MIB = 2**30, 2**20
 
 
 def add_plan(commands: Commands) -> None:
@@ -38,13 +38,23 @@ def add_plan(commands: Commands) -> None:
     step = parser.add_argument_group("step")
     step.add_argument("--batch", type=int, default=256, help="private rows of a step, of all devices together")
     step.add_argument("--micro-batch", type=int, help="rows at a time on a device; default: as many as fit")
-    step.add_argument("--public-rows", type=int, default=0, help="public rows of a step, on each device")
+    step.add_argument(
+        "--public-batch-size", type=int, default=0, help="public rows of a step, of all devices, in the same pass"
+    )
     step.add_argument("--strategy", choices=STRATEGIES, default="auto", help="of DPEngine")
-    step.add_argument("--precision", choices=tuple(PRECISIONS), default="bf16", help="of parameters and activations")
+    step.add_argument(
+        "--precision", choices=tuple(PRECISIONS), default="bfloat16", help="of parameters and activations, or autocast"
+    )
     step.add_argument("--optimizer", choices=tuple(OPTIMIZERS), default="adamw")
+    step.add_argument(
+        "--checkpointing", action="store_true", help="compute activations again in the backward pass (transformers)"
+    )
+    step.add_argument("--noise-mode", choices=NOISE_MODES, default="fast", help="secure: sums on an integer grid")
+    step.add_argument("--compile", action="store_true", help="not modelled: refused")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--gpus", type=int, default=1, help="devices")
     machine.add_argument("--sharding", choices=SHARDINGS, help="default: none on one device, else ddp")
+    machine.add_argument("--replicas", type=int, help="copies of the model, each sharded; with --sharding hsdp")
     machine.add_argument("--rates", help=f"{', '.join(PRESETS)} (data sheets), or a file; default: those of --measure")
     machine.add_argument("--measure", action="store_true", help="measure this machine's rates first, and keep them")
     machine.add_argument("--device", choices=("cpu", "cuda"), help="whose rates; default: a GPU if there is one")
@@ -80,7 +90,7 @@ def run_plan(arguments: argparse.Namespace) -> dict[str, Any]:
         rows = arguments.micro_batch or min(job.rows, max(1, most))
         estimate = job.estimate(rows, rates)
         ordinary = job.without_privacy().estimate(rows, rates)
-    for message in _warnings(estimate, memory, rates):
+    for message in _warnings(estimate, memory, rates, job.setting):
         warnings.warn(message, stacklevel=1)
     _show(console, job, estimate, ordinary, memory, most, rates)
     if accounting is not None:
@@ -90,8 +100,10 @@ def run_plan(arguments: argparse.Namespace) -> dict[str, Any]:
         "model": job.work.name,
         "setting": dataclasses.asdict(job.setting),
         "batch": job.batch,
+        "public_batch_size": arguments.public_batch_size,
         "devices": job.devices,
         "sharding": job.sharding,
+        "replicas": job.replicas,
         "memory": memory,
         "largest_micro_batch": most,
         "fits": estimate.memory.total <= memory,
@@ -167,7 +179,12 @@ def _job(arguments: argparse.Namespace, rates: Rates) -> Job:
             shape = ()
         if not shape or min(shape) < 1:
             raise InputError(f"input_shape: {arguments.input_shape!r} is not valid here; pass sizes such as 3,32,32")
-    for name, least in (("gpus", 1), ("public_rows", 0), ("lora_rank", 1), ("micro_batch", 1)):
+    if arguments.compile:
+        raise InputError(
+            "compile: what torch.compile makes of a step is not modelled; drop it to plan the same step uncompiled, "
+            "which sends the same"
+        )
+    for name, least in (("gpus", 1), ("public_batch_size", 0), ("lora_rank", 1), ("micro_batch", 1)):
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise InputError(f"{name}: {value} is not valid here; pass a whole number of at least {least}")
@@ -183,14 +200,16 @@ def _job(arguments: argparse.Namespace, rates: Rates) -> Job:
         precision=arguments.precision,
         optimizer=arguments.optimizer,
         device=rates.device,
-        public_rows=arguments.public_rows,
+        public_rows=math.ceil(arguments.public_batch_size / arguments.gpus),
         lora_rank=arguments.lora_rank,
+        checkpointing=arguments.checkpointing,
+        noise_mode=arguments.noise_mode,
     )
     sharding = arguments.sharding or ("none" if arguments.gpus == 1 else "ddp")
-    return Job(work, setting, arguments.batch, arguments.gpus, sharding)
+    return Job(work, setting, arguments.batch, arguments.gpus, sharding, arguments.replicas)
 
 
-def _warnings(estimate: Estimate, memory: int, rates: Rates) -> list[str]:
+def _warnings(estimate: Estimate, memory: int, rates: Rates, setting: Setting) -> list[str]:
     found = []
     if estimate.memory.total > memory:
         found.append(
@@ -199,6 +218,8 @@ def _warnings(estimate: Estimate, memory: int, rates: Rates) -> list[str]:
         )
     if rates.measured and estimate.missing:
         found.append(f"rates: none is known of {', '.join(estimate.missing)}; products or copies stand for them")
+    if rates.measured and setting.precision != "float32" and not any(key.endswith("bfloat16") for key in rates.curves):
+        found.append("rates: none was measured in bfloat16, which is slow here; those of float32 stand for them")
     return found
 
 
@@ -218,33 +239,42 @@ def _show(
 ) -> None:
     setting = job.setting
     batches = f"{estimate.micro_batches} x {estimate.micro_batch} rows" if estimate.micro_batches > 1 else "at once"
-    table = Table(
-        title=f"{escape(job.work.name)}: a step of {job.batch} private rows on {job.devices} x {escape(rates.name)}, "
-        f"estimated"
+    machine = f"{job.devices} x {escape(rates.name)}"
+    table = table_of(
+        f"{escape(job.work.name)}: a step of {job.batch} private rows on {machine}, estimated",
+        ("", f"private, {setting.strategy}", "not private", "ratio"),
     )
-    for column in ("", f"private, {setting.strategy}", "not private", "ratio"):
-        table.add_column(column, justify="left" if not column else "right")
 
-    def row(name: str, private: float, other: float, unit: float, digits: int) -> None:
+    def row(name: str, private: float, other: float, unit: float) -> None:
         ratio = f"{private / other:.2f}" if other else ""
-        table.add_row(name, f"{private / unit:.{digits}f}", f"{other / unit:.{digits}f}", ratio)
+        table.add_row(name, f"{private / unit:.2f}", f"{other / unit:.2f}", ratio)
 
-    for name in dict.fromkeys([*estimate.memory.parts, *ordinary.memory.parts]):
-        row(f"GiB {name}", estimate.memory.parts.get(name, 0), ordinary.memory.parts.get(name, 0), _GIB, 2)
-    row("[bold]GiB in all[/bold]", estimate.memory.total, ordinary.memory.total, _GIB, 2)
+    def parts(of: str, both: Sequence[Mapping[str, int]]) -> tuple[str, int]:
+        """A row for each, and the unit that suits their sum."""
+        unit, size = ("GiB", _GIB) if max(sum(one.values()) for one in both) >= _GIB else ("MiB", _MIB)
+        for name in dict.fromkeys(name for one in both for name in one):
+            row(f"{unit} {of}{name}", both[0].get(name, 0), both[1].get(name, 0), size)
+        return unit, size
+
+    unit, size = parts("", [estimate.memory.parts, ordinary.memory.parts])
+    row(f"[bold]{unit} in all[/bold]", estimate.memory.total, ordinary.memory.total, size)
     table.add_section()
     for field, name in _TIMES.items():
-        row(f"ms {name}", getattr(estimate.time, field), getattr(ordinary.time, field), 1e-3, 2)
+        row(f"ms {name}", getattr(estimate.time, field), getattr(ordinary.time, field), 1e-3)
     if job.devices > 1:
-        row("ms in all, all communication hidden", estimate.time.overlapped, ordinary.time.overlapped, 1e-3, 2)
+        row("ms in all, all communication hidden", estimate.time.overlapped, ordinary.time.overlapped, 1e-3)
         table.add_section()
-        for name in dict.fromkeys([*estimate.communication.parts, *ordinary.communication.parts]):
-            sent = (x.communication.parts.get(name, 0) for x in (estimate, ordinary))
-            row(f"GiB sent, {name}", next(sent), next(sent), _GIB, 3)
+        parts("sent, ", [estimate.communication.parts, ordinary.communication.parts])
     console.print(table)
+    options = [
+        *([f"{setting.public_rows} public rows on a device in the same pass"] if setting.public_rows else []),
+        *(["activations computed again"] if setting.checkpointing else []),
+        *(["secure noise"] if setting.noise_mode == "secure" else []),
+    ]
     console.print(
         f"{estimate.parameters / 1e6:.4g} M parameters, {estimate.trained / 1e6:.4g} M trained ({setting.tuning}), "
-        f"{setting.precision}, {setting.optimizer}, {job.sharding} sharding; a device's {estimate.rows} rows "
+        f"{', '.join([setting.precision, setting.optimizer, *options])}, {job.sharding} sharding; "
+        f"a device's {estimate.rows} private rows "
         f"{batches}. Of {memory / _GIB:.4g} GiB the largest micro-batch is {most or 'none: one row is too many'}.",
         markup=False,
     )

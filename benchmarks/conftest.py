@@ -1,4 +1,13 @@
-"""What a saved result says of the machine: versions and the GPU, not the machine's name."""
+"""What a saved result says of the machine: versions and the GPU, not the machine's name; date and commit it has anyway.
+
+The files in `results` are what one command each has written, on a quiet machine, from a clean commit:
+
+    pytest benchmarks/test_training_steps.py --benchmark-enable --benchmark-json=benchmarks/results/cpu_steps.json -s
+    pytest benchmarks/test_{mixed_training,compiled_steps,subspace_steps,plan,noise_modes}.py --benchmark-enable \
+        --benchmark-json=benchmarks/results/cpu_scaling.json -s
+
+Of each benchmark `extra_info` has the medians, by contender; `stats` times one of them again.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +23,7 @@ def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
     for name in set(machine_info) - {"machine", "python_version", "system"}:
         del machine_info[name]
     machine_info["cpu"], machine_info["cores"] = brand, count
-    for package in ("torch", "triton", "opacus", "numpy"):
+    for package in ("adamix", "torch", "triton", "opacus", "numpy"):
         try:
             machine_info[package] = version(package)
         except PackageNotFoundError:

@@ -56,5 +56,6 @@ def test_compiled_steps(benchmark: Any, capsys: Any) -> None:
     times = medians(steps, "cpu", 21, loop=True)
     with capsys.disabled():
         show(NAME, times, {name: times[name] for name in ("not private", "not private, compiled")})
+    benchmark.group = "compiled steps cpu"
     benchmark.extra_info.update(device="cpu", seconds=times)
     benchmark.pedantic(steps["auto, compiled"], rounds=3)

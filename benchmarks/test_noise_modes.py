@@ -77,6 +77,7 @@ def test_noise_modes(benchmark: Any, capsys: Any, name: str) -> None:
     times = medians(steps, "cpu", rounds, loop=True)
     with capsys.disabled():
         show(name, times, {"Philox": times["Philox"]})
-    benchmark.extra_info.update({label: seconds for label, seconds in times.items()})
+    benchmark.group = "noise modes cpu"
+    benchmark.extra_info.update(device="cpu", seconds=times)
     benchmark.pedantic(steps["ChaCha20"], rounds=3)
     assert times["ChaCha20"] <= GOAL * times["Philox"]

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -120,7 +121,7 @@ def peak(shape: str, name: str) -> float:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_subspace_step(shape: str) -> None:
+def test_subspace_step(benchmark: Any, shape: str) -> None:
     steps = contenders(SHAPES[shape], "cpu")
     times = medians(steps, "cpu", 5)
     show(
@@ -132,12 +133,15 @@ def test_subspace_step(shape: str) -> None:
     for name, size in memory.items():
         print(f"  {name:34s}{size:9.1f} MiB")
     print(f"  {steps['subspace, computed each step']()!r}")
+    benchmark.group = "subspace step cpu"
+    benchmark.extra_info.update(device="cpu", seconds=times, mebibytes=memory)
+    benchmark.pedantic(steps["subspace, computed each step"], rounds=3)
     assert memory["subspace, computed each step"] < memory[MADE] / 2
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", GPU_SHAPES)
-def test_subspace_step_on_a_gpu(shape: str) -> None:
+def test_subspace_step_on_a_gpu(benchmark: Any, shape: str) -> None:
     steps = contenders(GPU_SHAPES[shape], "cuda")
     steps.pop(MADE)  # 32 rows of 163 million numbers, in float64
     times = medians(steps, "cuda", 5)
@@ -147,6 +151,9 @@ def test_subspace_step_on_a_gpu(shape: str) -> None:
         {"not private": times["not private, public rows too"]},
     )
     print(f"  {steps['subspace, computed each step']()!r}")
+    benchmark.group = "subspace step cuda"
+    benchmark.extra_info.update(device="cuda", seconds=times)
+    benchmark.pedantic(steps["subspace, computed each step"], rounds=3)
 
 
 def main(shape: str, name: str) -> None:

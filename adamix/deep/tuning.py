@@ -152,7 +152,8 @@ def _by_pattern(names: Iterable[str], patterns: str) -> set[str]:
         if not found:
             shown = ", ".join(names[:3] + ["..."] * (len(names) > 4) + names[3:][-1:])
             raise InputError(
-                f"tune: {pattern!r} is none of {', '.join(MODES)}, and matches no parameter; they are {shown}"
+                f"tune: {pattern!r} is none of {', '.join(MODES)}, and matches no parameter; pass one of them, or "
+                f"patterns of these names: {shown}"
             )
         chosen |= found
     return chosen

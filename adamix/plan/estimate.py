@@ -6,21 +6,22 @@ import dataclasses
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from adamix.deep.sharding import blocks_of
 from adamix.errors import InputError
 from adamix.plan.models import Work, size
 from adamix.plan.rates import Rates
-from adamix.plan.steps import PRECISIONS, Setting, Traced, trace_step
+from adamix.plan.sharding import Message, Parameter, Spread, parameters_of
+from adamix.plan.steps import Setting, Traced, trace_step
 from adamix.plan.trace import Call
 from adamix_kernels.spec import OPS
 
-SHARDINGS = ("none", "ddp", "fsdp")
 #: Micro-batches are not searched beyond.
 _MOST_ROWS = 1 << 16
 _TRACES = 8
+NOISE = ("add_gaussian_noise_", "grid_release")
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Time:
 
 @dataclass(frozen=True)
 class Communication:
-    """Bytes that one device sends in a step, by collective."""
+    """Bytes that one device sends in a step, by collective, where each runs over a ring (`adamix.plan.sharding`)."""
 
     parts: Mapping[str, int]
 
@@ -85,7 +86,8 @@ class Job:
         sharding: "none" (one device), "ddp" (every device holds everything; the clipped sums are reduce-scattered, each
             device adds the noise of its part, the result is all-gathered), "fsdp" (parameters, sums and optimizer state
             are sharded; parameters are all-gathered block by block in the forward and in the backward pass, the sums
-            reduce-scattered).
+            reduce-scattered), "hsdp" (the same within each of `replicas` copies, and sums are all-reduced over copies).
+        replicas: copies of the model, of "hsdp" alone.
     """
 
     work: Work
@@ -93,16 +95,22 @@ class Job:
     batch: int
     devices: int = 1
     sharding: str = "none"
+    replicas: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("batch", "devices"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: {getattr(self, name)} is not valid here; pass a whole number above 0")
-        if self.sharding not in SHARDINGS:
-            raise InputError(f"sharding: {self.sharding!r} is not valid here; pass one of {', '.join(SHARDINGS)}")
-        if (self.sharding == "none") != (self.devices == 1):
-            raise InputError(f"sharding: {self.sharding!r} does not go with {self.devices} devices; "
-                             "pass none for one device, ddp or fsdp for more")  # fmt: skip
+        by_layer = self.setting.strategy == "per_layer" and self.setting.noise_mode == "secure"
+        if self.spread.devices > 1 and by_layer and self.setting.public_rows:
+            raise InputError(
+                "noise_mode: secure noise over several devices does not go with thresholds of layers that public rows "
+                "set; pass strategy auto, or no public rows"
+            )
+
+    @functools.cached_property
+    def spread(self) -> Spread:
+        return Spread.of(self.sharding, self.devices, self.replicas)
 
     @property
     def rows(self) -> int:
@@ -117,50 +125,27 @@ class Job:
         return _traced(self.work, self.setting, micro_batch, accumulate)
 
     def memory(self, micro_batch: int, rates: Rates) -> Memory:
+        """Where a step holds most."""
+        return max(self.memory_by_phase(micro_batch, rates), key=lambda memory: memory.total)
+
+    def memory_by_phase(self, micro_batch: int, rates: Rates) -> list[Memory]:
         traced = self.traced(micro_batch)
-        found = [
+        parameters = parameters_of(traced.model)
+        return [
             Memory(sum(parts.values()), parts, phase)
             for phase, peak in traced.trace.peaks.items()
-            for parts in [{"reserved": rates.reserved} | self._held(traced, peak)]
+            for held in [self.spread.held(parameters, self.setting, peak, phase)]
+            for parts in [{"reserved": rates.reserved} | held]
         ]
-        return max(found, key=lambda memory: memory.total)
 
-    def _held(self, traced: Traced, peak: Mapping[str, int]) -> dict[str, int]:
-        """What one device holds of it."""
-        if self.sharding != "fsdp":
-            return dict(peak)
-        sharded = ("parameters", "optimizer", "sums", "gradients", "temporaries of the update")
-        parts = {name: math.ceil(n / self.devices) if name in sharded else n for name, n in peak.items()}
-        blocks = blocks_of(traced.model)
-        block, width = max(map(size, blocks)), PRECISIONS[self.setting.precision].itemsize
-        root = size(traced.model) - sum(map(size, blocks)) if len(blocks) > 1 else 0
-        # the root's own stay from the forward pass to the backward pass; of the blocks one is used, one prefetched
-        parts["gathered parameters"] = width * (max(0, root) + min(2, len(blocks)) * block)
-        parts["a block's sums before they are scattered"] = self._sum_width * max(size(b, trained=True) for b in blocks)
-        return parts
+    def messages(self, traced: Traced, passes: int) -> list[Message]:
+        layers = len({name.rpartition(".")[0] for name in traced.trained}) if self.by_layer else 1
+        parameters: list[Parameter] = parameters_of(traced.model)
+        return list(self.spread.messages(parameters, self.setting, passes, layers))
 
     @property
-    def _sum_width(self) -> int:
-        """Bytes of one number of what is reduced: clipped sums are float32, ordinary gradients as the parameters."""
-        return PRECISIONS[self.setting.precision].itemsize if self.setting.strategy is None else 4
-
-    def communication(self, traced: Traced, micro_batches: int) -> Communication:
-        share = (self.devices - 1) / self.devices
-        whole, trained = size(traced.model), size(traced.model, trained=True)
-        passes = micro_batches + bool(self.setting.public_rows)
-        sums = math.ceil(self._sum_width * trained * share)
-        if self.sharding == "ddp":
-            parts = {"reduce-scatter of sums": sums, "all-gather of the noisy sums": sums}
-        elif self.sharding == "fsdp":
-            gathered = math.ceil(PRECISIONS[self.setting.precision].itemsize * whole * share)
-            parts = {
-                "all-gather of parameters, forward": passes * gathered,
-                "all-gather of parameters, backward": passes * gathered,
-                "reduce-scatter of sums": passes * sums,
-            }
-        else:
-            parts = {}
-        return Communication(parts)
+    def by_layer(self) -> bool:
+        return self.setting.strategy == "per_layer"
 
     def estimate(self, micro_batch: int, rates: Rates) -> Estimate:
         """Of a step in micro-batches of so many rows.
@@ -173,7 +158,8 @@ class Job:
                 f"micro_batch: {micro_batch} is not valid here; pass 1 to {self.rows}, the rows of a device"
             )
         traced, repeats = self.traced(micro_batch), math.ceil(self.rows / micro_batch)
-        communication = self.communication(traced, repeats)
+        messages = self.messages(traced, repeats)
+        communication = Communication({message.what: message.bytes for message in messages})
         return Estimate(
             parameters=size(traced.model),
             trained=size(traced.model, trained=True),
@@ -181,32 +167,33 @@ class Job:
             micro_batch=micro_batch,
             micro_batches=repeats,
             memory=self.memory(micro_batch, rates),
-            time=self._time(traced, repeats, communication, rates),
+            time=self._time(traced, repeats, messages, rates),
             communication=communication,
             missing=rates.missing({call.kind for call in traced.trace.calls}),
         )
 
-    def _time(self, traced: Traced, repeats: int, communication: Communication, rates: Rates) -> Time:
+    def _time(self, traced: Traced, repeats: int, messages: Sequence[Message], rates: Rates) -> Time:
         seconds: defaultdict[str, float] = defaultdict(float)
         phases: defaultdict[str, float] = defaultdict(float)
         calls = 0
         for call, count in traced.trace.calls.items():
-            times = count * (repeats if call.phase.startswith("private") else 1)
+            again = repeats - 1 if self.setting.public_rows else repeats  # public rows are in one pass
+            times = count * (again if call.phase.startswith("private") else 1)
             own = self._share(call)
             by_flops, by_bytes = rates.of_flops(own), rates.of_bytes(own)
             spent = times * max(by_flops, by_bytes)
             seconds["compute" if by_flops > by_bytes else "memory"] += spent
             if call.kind.split(",")[0] in OPS:
-                seconds["noise" if call.kind == "add_gaussian_noise_" else "norms_and_sums"] += spent
+                seconds["noise" if call.kind in NOISE else "norms_and_sums"] += spent
             phases[call.phase] += spent
             calls += times
         device = seconds["compute"] + seconds["memory"]
         host = calls * rates.host_per_call
         if self.setting.strategy is not None:
-            host += traced.uses * repeats * rates.host_per_use
+            host += len(traced.trained) * repeats * rates.host_per_use
         if rates.device == "cuda":
             host = max(0.0, host - device)  # the device works meanwhile
-        moving = self._moving(communication, rates)
+        moving = self._moving(messages, rates)
         return Time(
             total=device + host + moving,
             overlapped=max(device + host, moving),
@@ -221,20 +208,21 @@ class Job:
 
     def _share(self, call: Call) -> Call:
         """What one device does of it: its part of the noise, with FSDP of the whole update."""
-        sharded = self.sharding == "fsdp" and call.phase == "update"
-        if sharded or (self.sharding == "ddp" and call.kind == "add_gaussian_noise_"):
-            return call._replace(bytes=math.ceil(call.bytes / self.devices))
+        spread = self.spread
+        if call.phase == "update" and (spread.shards > 1 or call.kind in NOISE):
+            return call._replace(bytes=math.ceil(call.bytes / spread.noise_shares))
         return call
 
-    def _moving(self, communication: Communication, rates: Rates) -> float:
-        if not communication.parts:
-            return 0.0
-        link = rates.link if self.devices <= rates.per_node else rates.network
-        if link is None:
-            raise InputError(
-                "bandwidth: the rates do not say how fast devices reach each other; pass it in bytes per second"
-            )
-        return communication.total / link
+    def _moving(self, messages: Sequence[Message], rates: Rates) -> float:
+        seconds = 0.0
+        for message in messages:
+            link = rates.link if message.span <= rates.per_node else rates.network
+            if link is None:
+                raise InputError(
+                    "bandwidth: the rates do not say how fast devices reach each other; pass it in bytes per second"
+                )
+            seconds += message.bytes / link
+        return seconds
 
     def largest_micro_batch(self, limit: int, rates: Rates) -> int:
         """A number of rows, of any batch, whose step takes at most `limit` bytes, and hardly 5 % below the largest; 0

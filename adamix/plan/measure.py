@@ -25,6 +25,7 @@ from adamix.plan.rates import BY_FLOPS, Curve, Rates
 from adamix.plan.steps import Setting, attach, trace_step
 from adamix.plan.trace import Trace
 from adamix_kernels import Noise
+from adamix_kernels.ops.grid import grid_for
 
 #: Larger sizes of a kind are left out after a call of so many seconds.
 _LONGEST = 0.1
@@ -94,6 +95,11 @@ def _pool(device: torch.device, dtype: torch.dtype) -> Iterator[Run]:
     for samples in (1, 8, 64, 512):
         x = _randn(device, dtype, samples, 16, 14, 14)
         yield partial(F.max_pool2d, x, 2, 1)
+        out, places = F.max_pool2d(x, 2, 1, return_indices=True)
+        yield partial(_POOL_BACKWARD, out, x, [2, 2], [1, 1], [0, 0], [1, 1], False, places)
+
+
+_POOL_BACKWARD = torch.ops.aten.max_pool2d_with_indices_backward
 
 
 def _matmul(device: torch.device, dtype: torch.dtype) -> Iterator[Run]:
@@ -163,6 +169,7 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Run]:
         x, coef = _randn(device, dtype, samples, count), torch.rand(samples, device=device)
         yield partial(kernels.grad_norm_sq, x)
         yield partial(kernels.clip_sum, x, coef)
+        yield partial(kernels.grid_clip_sum, x, coef, 1.0, grid_for(1.0, 1.0))
 
 
 def _rows(device: torch.device, dtype: torch.dtype) -> Iterator[Run]:
@@ -176,10 +183,11 @@ def _rows(device: torch.device, dtype: torch.dtype) -> Iterator[Run]:
 
 
 def _noise(device: torch.device, dtype: torch.dtype) -> Iterator[Run]:
-    noise = Noise(seed=0)  # of numbers that nobody uses
+    noise, secret = Noise(seed=0), Noise(mode="secure")  # of numbers that nobody uses
     for count in (1, 1 << 12, 1 << 16, 1 << 20, 1 << 23, 1 << 26):
         x = torch.zeros(count, device=device)
         yield partial(kernels.add_gaussian_noise_, x, 1.0, noise)
+        yield partial(kernels.grid_release, x.long(), 1.0, grid_for(1.0, 1.0), secret)
 
 
 _WORKS: dict[str, Callable[[torch.device, torch.dtype], Iterator[Run]]] = {
@@ -252,12 +260,12 @@ def _with_host(rates: Rates, device: torch.device) -> Rates:
     work = Work("tiny", lambda: nn.Sequential(*(nn.Linear(8, 8) for _ in range(16))), _tiny_batch, _tiny_loss)
     seconds, counts, known, uses = {}, {}, {}, 1
     for strategy in (None, "auto"):
-        setting = Setting(strategy, precision="fp32", optimizer="sgd", device=device.type)
+        setting = Setting(strategy, optimizer="sgd", device=device.type)
         traced = trace_step(work, setting, 4)
         counts[strategy] = traced.trace.calls.total()
         known[strategy] = sum(rates.seconds(call) * n for call, n in traced.trace.calls.items())
-        uses = traced.uses
-        seconds[strategy] = _seconds(_tiny_step(work, strategy, device), device)
+        uses = len(traced.trained)
+        seconds[strategy] = _seconds(_tiny_step(work, setting, device), device)
     if device.type == "cuda":  # the device works meanwhile: all of it is the host's
         known = dict.fromkeys(known, 0.0)
     per_call = max(0.0, seconds[None] - known[None]) / counts[None]
@@ -273,11 +281,11 @@ def _tiny_loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(model(x), y)
 
 
-def _tiny_step(work: Work, strategy: str | None, device: torch.device) -> Run:
+def _tiny_step(work: Work, setting: Setting, device: torch.device) -> Run:
     with torch.device(device):
         model, (x, y) = work.build(), work.batch(4)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    engine = attach(model, optimizer, strategy, 4)
+    engine = attach(model, optimizer, setting, 4)
 
     def step() -> None:
         loss = work.loss(model, x, y)

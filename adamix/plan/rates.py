@@ -17,10 +17,10 @@ from adamix.plan.trace import ROWS, Call
 from adamix.report import to_json
 from adamix.storage import cache_root, one_line
 
-_FORMAT = 1
+_FORMAT = 2
 _CONV = ("conv_norm_sq", "conv_clip_sum", "conv_norm_clip_sum")
 #: Kinds whose time goes by floating point operations, if those take longer than their bytes.
-BY_FLOPS = {"matmul", "bmm", "conv", "attention", *ROWS, *ROWS.values(), *_CONV, "conv_grad_sample"}
+BY_FLOPS = {"matmul", "bmm", "conv", "attention", "pool", *ROWS, *ROWS.values(), *_CONV, "conv_grad_sample"}
 
 Curve = Sequence[tuple[float, float]]  # amounts (operations or bytes), ascending, and seconds
 

@@ -74,7 +74,19 @@ def _clip_sum(given: Arguments) -> Any:
     return sums[0] if isinstance(parts, Tensor) else sums
 
 
-#: By op: those that a `DPEngine` in its fast mode calls.
+def _grid_sum(given: Arguments) -> Any:
+    parts = given["grad_sample"]
+    sums = [_empty(torch.int64, *x.shape[1:]) for x in as_list(parts)]
+    return sums[0] if isinstance(parts, Tensor) else sums
+
+
+def _released(given: Arguments) -> Any:
+    sums = given["sums"]
+    found = [_empty(torch.float32, *x.shape) for x in as_list(sums)]
+    return found[0] if isinstance(sums, Tensor) else found
+
+
+#: By op: those that a `DPEngine` calls.
 RESULTS: dict[str, Callable[[Arguments], Any]] = {
     "grad_norm_sq": _of_samples("grad_sample"),
     "clip_coef": _of_samples("norm_sq"),
@@ -90,4 +102,7 @@ RESULTS: dict[str, Callable[[Arguments], Any]] = {
     "scale_shift_norm_sq": _of_samples("activations"),
     "scale_shift_clip_sum": _scale_shift,
     "add_gaussian_noise_": lambda given: given["tensor"],
+    "grid_clip_sum": _grid_sum,
+    "grid_release": _released,
+    "norm_quantile": lambda given: _empty(torch.float32),
 }

@@ -22,14 +22,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from adamix.errors import InputError
+from adamix.plan.functions import FLASH, Functions
 from adamix.plan.results import RESULTS
 from adamix_kernels.nn.parameter import storage, tensors
 from adamix_kernels.spec import Op, stand_in
 
-#: Attention that never writes its T x T scores: what torch takes on GPUs, and on CPUs under this name.
-FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-_FLASH_FLOPS = {
+FLASH_FLOPS = {
     FLASH: flop_registry[torch.ops.aten._scaled_dot_product_flash_attention],
     _FLASH_BACKWARD: flop_registry[torch.ops.aten._scaled_dot_product_flash_attention_backward],
 }
@@ -39,7 +38,7 @@ KINDS = {
     **dict.fromkeys(("mm", "addmm"), "matmul"),
     **dict.fromkeys(("bmm", "baddbmm"), "bmm"),
     **dict.fromkeys(("convolution", "convolution_backward"), "conv"),
-    **{str(x).removeprefix("aten."): "attention" for x in (*_FLASH_FLOPS, *flop_registry) if "attention" in str(x)},
+    **{str(x).removeprefix("aten."): "attention" for x in (*FLASH_FLOPS, *flop_registry) if "attention" in str(x)},
     **dict.fromkeys(
         "gelu gelu_backward silu silu_backward tanh exp log erf sigmoid pow softplus cos sin _softmax _log_softmax "
         "_softmax_backward_data _log_softmax_backward_data native_layer_norm native_layer_norm_backward "
@@ -47,10 +46,9 @@ KINDS = {
         "native_dropout".split(),
         "special",
     ),
+    **dict.fromkeys(("max_pool2d_with_indices", "avg_pool2d", "_adaptive_avg_pool2d"), "pool"),
     **dict.fromkeys(
-        "max_pool2d_with_indices max_pool2d_with_indices_backward avg_pool2d avg_pool2d_backward "
-        "_adaptive_avg_pool2d _adaptive_avg_pool2d_backward".split(),
-        "pool",
+        "max_pool2d_with_indices_backward avg_pool2d_backward _adaptive_avg_pool2d_backward".split(), "pool backward"
     ),
 }
 #: Without positions these are other work: the norms read their rows once, the sums are one product.
@@ -95,6 +93,7 @@ class Trace(TorchDispatchMode):
         self._sum = 0  # of it
         self._purpose: str | None = None
         self._recording = True
+        self._whether_all: Callable[[], Tensor | None] = lambda: None  # what was asked last
 
     # --- memory ------------------------------------------------------------------------------------------------------
 
@@ -118,9 +117,11 @@ class Trace(TorchDispatchMode):
         self._now[purpose] -= size
         self._sum -= size
 
-    def _note(self) -> None:
-        if self.phase not in self.peaks or self._sum > sum(self.peaks[self.phase].values()):
-            self.peaks[self.phase] = {purpose: size for purpose, size in self._now.items() if size}
+    def _note(self, copies: int = 0) -> None:
+        """A peak, if it is one; with what an operation allocates for itself and frees."""
+        if self.phase not in self.peaks or self._sum + copies > sum(self.peaks[self.phase].values()):
+            found = {purpose: size for purpose, size in self._now.items() if size}
+            self.peaks[self.phase] = found | ({"copies within convolutions": copies} if copies else {})
 
     def _follow(self, out: Any) -> None:
         new = [x for x in tensors(out) if x.is_meta and storage(x) not in self._held]
@@ -132,11 +133,15 @@ class Trace(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
-            return _value(args[0])
+            return _value(args[0], args[0] is self._whether_all())
         out = func(*args, **kwargs)
+        if func._overloadpacket is torch.ops.aten.all:
+            self._whether_all = weakref.ref(out)
         if self._recording:
             self._follow(out)
             self._record(func, args, kwargs, out)
+            if self.device == "cpu":
+                self._note(_copies(func, args, out))
         return out
 
     def _record(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
@@ -146,11 +151,11 @@ class Trace(TorchDispatchMode):
         known = {storage(x) for x in given}
         if name in _FREE or (not func._schema.is_mutable and any(storage(x) in known for x in made)):
             return  # a view
-        count = _FLASH_FLOPS.get(func._overloadpacket) or flop_registry.get(func._overloadpacket)
+        count = FLASH_FLOPS.get(func._overloadpacket) or flop_registry.get(func._overloadpacket)
         if name in _LOOK_UPS:
             given = made
         moved = sum(_bytes(x) for x in (*given, *made))
-        flops = count(*args, **kwargs, out_val=out) if count is not None else 0
+        flops = count(*args, **kwargs, out_val=out) if count is not None else _windows(name, args, made)
         kind = KINDS.get(name, "in place" if func._schema.is_mutable else "memory")
         self.calls[Call(self.phase, kind, _dtype(given or made), int(flops), moved)] += 1
 
@@ -185,41 +190,44 @@ class Trace(TorchDispatchMode):
         """What runs inside is a part of the step; what it makes is held for `purpose`."""
         self.phase, self._default = phase, purpose
         self._note()
-        with self, _Attention(), stand_in(self.run_op, self.device):
+        with self, Functions(self.device), stand_in(self.run_op, self.device):
             yield
 
 
-class _Attention(torch.overrides.TorchFunctionMode):
-    """On meta tensors `scaled_dot_product_attention` would be spelt out, with its scores in memory."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not torch.nn.functional.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        return _attention(*args, **(kwargs or {}))
+#: Images of so few channels are read as they are.
+_PLAIN_CHANNELS = 4
 
 
-def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    if enable_gqa:
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
-    out: Tensor = FLASH(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
-    return torch.nn.functional.dropout(out, dropout_p) if dropout_p else out
+def _copies(func: Any, args: Sequence[Any], out: Any) -> int:
+    """Bytes that oneDNN allocates within a convolution on a CPU, beside the results: it reads and writes images in
+    blocks of channels, and torch copies them from and to rows. Seen with AVX-512; what cuDNN takes is not known."""
+    name = func._schema.name
+    if name == "aten::convolution":
+        return _blocked(args[0]) + _bytes(out)
+    if name == "aten::convolution_backward":
+        wants_input, wants_weight = args[-1][:2]
+        return max(2 * _bytes(args[1]) * wants_input, (_blocked(args[1]) + _bytes(args[0])) * wants_weight)
+    return 0
 
 
-def _value(x: Tensor) -> Any:
-    """Checks of a tensor pass; what else reads a value cannot be planned."""
+def _blocked(x: Tensor) -> int:
+    return _bytes(x) if x.shape[1] > _PLAIN_CHANNELS else 0
+
+
+def _windows(name: str, args: Sequence[Any], made: Sequence[Tensor]) -> int:
+    """Numbers that a pooling looks at, which its time goes by: a window for each result."""
+    if KINDS.get(name) != "pool":
+        return 0
+    if name == "_adaptive_avg_pool2d":
+        return int(args[0].numel())
+    window = args[1] if len(args[1]) == 2 else (args[1][0], args[1][0])
+    return made[0].numel() * window[0] * window[1]
+
+
+def _value(x: Tensor, whether_all: bool) -> Any:
+    """Checks of a tensor pass: all is well, and nothing else is so. What else reads a value cannot be planned."""
     if x.dtype == torch.bool:
-        return False
+        return whether_all
     raise InputError("model: looks at the values of a tensor, which a plan has not; pass a model whose way is fixed")
 
 

@@ -83,7 +83,7 @@ def test_adapters(kind: str, adapters: int) -> None:
         (
             conv_net(),
             {"mode": "lor"},
-            "tune: 'lor' is none of full, head, bias, lora, and matches no parameter; they are 0.w",
+            "tune: 'lor' is none of full, head, bias, lora, and matches no parameter; pass one of them,",
         ),
         (conv_net(), {"mode": "4.* 7.*"}, "tune: '7.*' is none of"),
         (conv_net(), {"mode": "head", "head": "5"}, "head: '5' is no module with parameters in the model; its linear"),

@@ -10,6 +10,7 @@ from catalogue_graphed import GRAPHED_MUTANTS
 from catalogue_ledger import LEDGER_MUTANTS
 from catalogue_mixed import MIXED_MUTANTS
 from catalogue_plan import PLAN_MUTANTS
+from catalogue_planned import PLANNED_MUTANTS
 from catalogue_resume import RESUME_MUTANTS
 from catalogue_secure import SECURE_MUTANTS
 from catalogue_shards import SHARD_MUTANTS
@@ -501,4 +502,5 @@ MUTANTS = [
     *SHARD_MUTANTS,
     *PLAN_MUTANTS,
     *COMBO_MUTANTS,
+    *PLANNED_MUTANTS,
 ]

@@ -28,7 +28,7 @@ from catalogue import MUTANTS
 from mutant import Mutant
 
 ROOT = Path(__file__).parents[2]
-COPIED = ("adamix", "adamix_kernels", "tests", "pyproject.toml", "README.md")
+COPIED = ("adamix", "adamix_kernels", "benchmarks", "tests", "pyproject.toml", "README.md")
 #: A mutant that makes a check hang is killed by that.
 _PATIENCE = 200
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -10,46 +12,8 @@ from torch import Tensor, nn
 
 from adamix.plan import Work
 
-
-class Block(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm, self.qkv, self.proj = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        samples, positions, width = x.shape
-        qkv = self.qkv(self.norm(x)).view(samples, positions, 3, 4, -1).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(*qkv, is_causal=True).transpose(1, 2)
-        x = x + self.proj(mixed.reshape(samples, positions, width))
-        return x + self.down(F.gelu(self.up(x)))
-
-
-class LanguageModel(nn.Module):
-    def __init__(self, width: int = 128, layers: int = 2) -> None:
-        super().__init__()
-        self.tokens = nn.Embedding(500, width)
-        self.blocks = nn.Sequential(*(Block(width) for _ in range(layers)))
-        self.head = nn.Linear(width, 500, bias=False)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.head(self.blocks(self.tokens(ids)))
-
-
-def cnn() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(1, 16, 8, 2, padding=3),
-        nn.ReLU(),
-        nn.MaxPool2d(2, 1),
-        nn.Conv2d(16, 32, 4, 2),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(800, 10),
-    )
-
-
-def mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10))
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+from step_models import Transformer, cnn, mlp, of_tokens
 
 
 def nothing() -> None:
@@ -61,7 +25,7 @@ def classify(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def predict(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+    return of_tokens(model(x), y)
 
 
 def rows(*shape: int) -> Callable[[int], tuple[Tensor, Tensor]]:
@@ -78,6 +42,6 @@ def tokens(length: int) -> Callable[[int], tuple[Tensor, Tensor]]:
 #: By name: a work and the rows of a step.
 WORKS = {
     "cnn": (Work("cnn", cnn, rows(1, 28, 28), classify), 64),
-    "mlp": (Work("mlp", mlp, rows(256), classify), 128),
-    "transformer": (Work("transformer", LanguageModel, tokens(48), predict), 8),
+    "mlp": (Work("mlp", mlp, rows(784), classify), 32),
+    "transformer": (Work("transformer", lambda: Transformer(500, 128, 4, 2, 48), tokens(48), predict), 8),
 }
