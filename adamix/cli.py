@@ -19,7 +19,7 @@ from adamix.cli_budget import add_ledger_flags, check_ledger_flags, make_new_led
 from adamix.cli_common import Commands, add_command, add_settings, console_of, find_device, progress_bar, table_of
 from adamix.config import Config
 from adamix.data import DEFAULT_SOURCE, Split, load_split
-from adamix.datasets import BENCHMARKS
+from adamix.datasets import BENCHMARKS, COMPUTED
 from adamix.errors import InputError
 from adamix.private_metrics import PrivateMetrics
 from adamix.report import check_out, write_run
@@ -226,7 +226,7 @@ def run_info(arguments: argparse.Namespace) -> dict[str, Any]:
     data = {}
     for name in BENCHMARKS:
         try:
-            data[name] = load_split(name).source
+            data[name] = "computed on first use" if name in COMPUTED else load_split(name).source
         except InputError as error:
             data[name] = f"not available: {error}"
         console.print(f"{name}: {data[name]}")

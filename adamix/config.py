@@ -120,7 +120,8 @@ class Config(Budget):
         public_weight: weight of a public row relative to a private one in the mixed update; 0 leaves them out.
         learning_rate: step size in units of 1 / tau_t. None: the largest that keeps the noise it brings into a logit
             of a unit-norm feature within `logit_noise`, and the descent on the public loss stable.
-        logit_noise: standard deviation of that noise over all steps; only with `learning_rate=None`.
+        logit_noise: standard deviation of that noise over all steps; only with `learning_rate=None`. None: more, the
+            more private rows there are for a public one and the less noise, see `schedule.logit_noise`.
         anchor: strength lambda of the pull towards the phase-1 weights; 0: none.
         warm_start: start phase 2 from the phase-1 weights; False: from the weights the model came with.
         public_l2: L2 of phase 1 towards the weights the model came with.
@@ -142,7 +143,7 @@ class Config(Budget):
     geometry: str | None = "whiten"
     public_weight: float = 1.0
     learning_rate: float | None = None
-    logit_noise: float = 0.8
+    logit_noise: float | None = None
     anchor: float = 1e-5
     warm_start: bool = True
     public_l2: float = 1e-3
@@ -167,7 +168,12 @@ class Config(Budget):
             rate is None or SMALL <= rate <= LARGE,
             f"pass None, or a number in [{SMALL:g}, {LARGE:g}]",
         )
-        self._require("logit_noise", SMALL <= self.logit_noise <= LARGE, f"pass a number in [{SMALL:g}, {LARGE:g}]")
+        noise = self.logit_noise
+        self._require(
+            "logit_noise",
+            noise is None or SMALL <= noise <= LARGE,
+            f"pass None, or a number in [{SMALL:g}, {LARGE:g}]",
+        )
         self._require("anchor", 0 <= self.anchor <= LARGE, f"pass a number in [0, {LARGE:g}]")
         self._require("public_l2", 0 <= self.public_l2 <= LARGE, f"pass a number in [0, {LARGE:g}]")
         self._require("public_steps", self.public_steps >= 1, "pass a whole number >= 1")

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from adamix.benchmark_set import Benchmark
 from adamix.datasets import BENCHMARKS
 from adamix.errors import InputError
 from adamix.rows import Rows, Split, rank_in_class
@@ -36,8 +37,9 @@ def load_split(
 ) -> Split:
     """Load `source`, or the three sets named by `public`, `private` and `test`.
 
-    source: "fashion-mnist", "letter" or "digits": `shots` public rows per class (default 5), `private_rows` and
-    `validation_rows` in total (defaults belong to the set), drawn by `seed`, and fixed test rows.
+    source: a built-in set, as "fashion-mnist", "letter" or "digits" (`adamix.datasets.BENCHMARKS`): `shots` public rows
+    per class (default 5), `private_rows` and `validation_rows` in total (defaults belong to the set), drawn by `seed`,
+    and fixed test rows.
     source: a path to an .npz file with X_public, y_public, X_private, y_private, X_test, y_test (and optionally
     X_validation, y_validation, class_names), or with X, y, X_test, y_test (or Xt, yt) and `shots`: then `shots` rows
     per class, picked by `seed`, are declared public and the rest is private.
@@ -104,20 +106,24 @@ def _draw_benchmark(
     shots = _DEFAULT_SHOTS if shots is None else shots
     private_rows = data.private_rows if private_rows is None else private_rows
     validation_rows = data.validation_rows if validation_rows is None else validation_rows
-    order = np.random.default_rng(seed).permutation(len(data.y))
-    rank = rank_in_class(data.y[order])
     if (smallest := int(np.bincount(data.y, minlength=len(data.class_names)).min())) < shots:
         raise InputError(f"shots: {shots} given, but the smallest class of {name} has {smallest} rows; ask for fewer")
-    public, rest = order[rank < shots], order[rank >= shots]
-    if private_rows + validation_rows > len(rest):
+    order = np.random.default_rng(seed).permutation(len(data.y))
+    if data.groups is None:
+        rank = rank_in_class(data.y[order])
+        public, rest = order[rank < shots], order[rank >= shots]
+        rest = _in_turn(data, rest)
+        # Validation comes first, so that it stays the same when only private_rows changes.
+        validation, private = np.split(rest, [min(validation_rows, len(rest))])
+    else:
+        public, validation, private = _by_groups(data, data.groups, order, shots, validation_rows)
+    if private_rows > len(private) or validation_rows > len(validation):
         raise InputError(
             f"private_rows: {private_rows} private and {validation_rows} validation rows asked, but {name} has "
-            f"{len(rest)} besides {len(public)} public and {len(data.y_test)} test rows; ask for fewer"
+            f"{len(validation) + len(private)} besides {len(public)} public and {len(data.y_test)} test rows; ask for "
+            "fewer"
         )
-    if data.stratified:  # one row of every class in turn
-        rest = rest[np.argsort(rank_in_class(data.y[rest]), kind="stable")]
-    # Validation comes first, so that it stays the same when only private_rows changes.
-    validation, private = np.split(rest[: validation_rows + private_rows], [validation_rows])
+    validation, private = validation[:validation_rows], private[:private_rows]
 
     def take(rows: NDArray[np.int64]) -> Rows:
         return Rows(torch.from_numpy(data.x[rows]), torch.from_numpy(data.y[rows]))
@@ -133,3 +139,25 @@ def _draw_benchmark(
         test=Rows(torch.from_numpy(data.x_test), torch.from_numpy(data.y_test)),
         expected_batch_size=private_rows,
     )
+
+
+def _by_groups(
+    data: Benchmark, groups: NDArray[np.int64], order: NDArray[np.int64], shots: int, validation_rows: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Public rows, and rows to take validation and private ones from: no group is in two of them."""
+    _, first = np.unique(groups[order], return_index=True)
+    place = np.empty(len(first), np.int64)
+    place[np.argsort(first)] = np.arange(len(first))  # of each group, by its first row in `order`
+    at = place[np.unique(groups, return_inverse=True)[1]]
+    ordered = order[np.argsort(at[order], kind="stable")]
+    rank = rank_in_class(data.y[ordered])
+    public = ordered[rank < shots]
+    rest = ordered[at[ordered] > at[public].max()]
+    last = at[rest[:validation_rows]].max(initial=-1)
+    validation, private = rest[at[rest] <= last], rest[at[rest] > last]
+    return public, _in_turn(data, validation), _in_turn(data, private)
+
+
+def _in_turn(data: Benchmark, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """For a stratified set: one row of every class in turn."""
+    return rows[np.argsort(rank_in_class(data.y[rows]), kind="stable")] if data.stratified else rows

@@ -35,7 +35,7 @@ class Features:
 
 
 def extract_features(
-    source: str | Path,
+    source: str | Path | ImageSource,
     *,
     backbone: str = "efficientnet-lite0",
     image_size: int | None = None,
@@ -46,7 +46,7 @@ def extract_features(
 ) -> Features:
     """Features of every image of `source`: the pooled output of the network before its classifier.
 
-    source: a folder with one subfolder per class, or "fashion-mnist:train" / "fashion-mnist:test".
+    source: a folder with one subfolder per class, "fashion-mnist:train" / "fashion-mnist:test", or opened images.
     image_size: side of the network's input; None: the network's own (96 for the small images of Fashion-MNIST).
     device: None takes CUDA where there is one. progress: a bar on stderr, if that is a terminal.
 
@@ -58,7 +58,7 @@ def extract_features(
     for name, value in (("batch_size", batch_size), ("image_size", image_size)):
         if value is not None and (not isinstance(value, int) or value < 1):
             raise InputError(f"{name}: {value!r} given; pass an integer >= 1")
-    images = open_images(source, cache_dir)
+    images = source if isinstance(source, ImageSource) else open_images(source, cache_dir)
     network = find_backbone(backbone)
     size = image_size or images.default_size or network.image_size
     crop = 1.0 if images.whole else network.crop

@@ -18,6 +18,8 @@ _SMALLEST_THRESHOLD = 1e-8
 #: Largest product of step size and curvature bound. Gradient descent alone would need 2, but the bound is loose where
 #: predictions are confident, and clipping keeps an overshoot finite; chosen in `benchmarks/defaults.md`.
 _STABLE = 16.0
+#: Noise that a logit may have for sqrt(private rows per public row and unit of noise), and at most. Chosen there too.
+_LOGIT_NOISE, _MOST_LOGIT_NOISE = 0.26, 1.0
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ def make_schedule(model: Trainable, public: Rows, start: Tensor, config: Config,
     limit = _STABLE / curvature
     noise = noise_multiplier * math.sqrt(config.steps) * spread
     denominator = config.expected_batch_size + config.public_weight * len(public.y)
-    learning_rate = config.logit_noise * denominator / noise if noise else math.inf
+    allowed = config.logit_noise or logit_noise(len(public.y), config, noise_multiplier)
+    learning_rate = allowed * denominator / noise if noise else math.inf
     if config.quantile is None:
         return Schedule(learning_rate, limit)
     present = model.weights()
@@ -77,6 +80,18 @@ def make_schedule(model: Trainable, public: Rows, start: Tensor, config: Config,
     ceiling = float(Schedule(learning_rate).thresholds(public_norms(model.grad_sum(public)[1], config), config).norm())
     model.set_weights(present)
     return Schedule(learning_rate, limit, max(_SMALLEST_THRESHOLD, min(learning_rate / limit, ceiling)))
+
+
+def logit_noise(public_rows: int, config: Config, noise_multiplier: float) -> float:
+    """How much noise what private rows teach is worth: little where they are few, or public rows teach it already.
+
+    0.26 sqrt(n / (N sigma_1)), at most 1, for n private rows, N public ones, and sigma_1, the noise multiplier of one
+    step that would cost what all steps do. Found on validation rows of five data sets (`benchmarks/defaults.md`).
+    """
+    if not noise_multiplier:
+        return _MOST_LOGIT_NOISE
+    total = noise_multiplier / (config.sample_rate * math.sqrt(config.steps))
+    return min(_MOST_LOGIT_NOISE, _LOGIT_NOISE * math.sqrt(config.private_rows / (public_rows * total)))
 
 
 def public_norms(norm_sq: Tensor, config: Config) -> Tensor:

@@ -26,10 +26,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "Letter 5/1300": {"source": "letter", "shots": 5, "private_rows": 1300},
     "Letter 5/520": {"source": "letter", "shots": 5, "private_rows": 520},
     "Letter 2/1300": {"source": "letter", "shots": 2, "private_rows": 1300},
+    "Pen 5/500": {"source": "pen-digits", "shots": 5, "private_rows": 500},
+    "Satellite 5/300": {"source": "satellite", "shots": 5, "private_rows": 300},
 }
 VARIANTS: list[dict[str, Any]] = [
     {},
-    *({"logit_noise": v} for v in (0.2, 0.4, 0.6, 1.0, 1.5)),
+    *({"logit_noise": v} for v in (0.2, 0.4, 0.6, 0.8, 1.0, 1.5)),
     *({"steps": v} for v in (5, 10, 40)),
     *({"quantile": v} for v in (0.5, 0.75, 1.0)),
     {"quantile": None, "max_grad_norm": 1.0},

