@@ -9,7 +9,6 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from adamix.deep.sharding import blocks_of
 from adamix.errors import InputError
 from adamix.plan.models import Work, size
 from adamix.plan.rates import Rates

@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 from torch import nn
 
+from adamix.deep.sharding import blocks_of
 from adamix.errors import InputError
-from adamix.plan.models import blocks_of
 from adamix.plan.steps import Setting
 from adamix_kernels.nn.ranks import BUCKET
 
