@@ -92,9 +92,15 @@ def within(context: contextlib.AbstractContextManager[Any]) -> Callable[[Callabl
 
 
 def allocated(name: str, setting: Setting) -> int:
-    """Bytes that torch's allocator has given out at the peak of a real step."""
+    """Bytes that torch's allocator has given out at the peak of a real step, on one thread: products of bfloat16 that
+    several share are summed in scratch of each."""
     peaks: list[int] = []
-    stays = real_step(name, setting, lambda step: peaks.append(peak_allocated(step)))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        stays = real_step(name, setting, lambda step: peaks.append(peak_allocated(step)))
+    finally:
+        torch.set_num_threads(threads)
     return stays + peaks[0]
 
 
