@@ -317,6 +317,6 @@ def _processor() -> str:
 
 
 def _fast_bfloat16() -> bool:
-    """CPUs with tiles for it; on others bfloat16 is emulated, and seldom what one trains in."""
+    """CPUs with instructions for its products; on others bfloat16 is emulated, and seldom what one trains in."""
     path = Path("/proc/cpuinfo")
-    return path.exists() and "amx_bf16" in path.read_text()
+    return path.exists() and any(flag in path.read_text() for flag in ("amx_bf16", "avx512_bf16"))
