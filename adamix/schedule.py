@@ -19,7 +19,7 @@ _SMALLEST_THRESHOLD = 1e-8
 #: predictions are confident, and clipping keeps an overshoot finite; chosen in `benchmarks/defaults.md`.
 _STABLE = 16.0
 #: Noise that a logit may have for sqrt(private rows per public row and unit of noise), and at most. Chosen there too.
-_LOGIT_NOISE, _MOST_LOGIT_NOISE = 0.26, 1.0
+_LOGIT_NOISE, _MOST_LOGIT_NOISE = 0.3, 1.0
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def make_schedule(model: Trainable, public: Rows, start: Tensor, config: Config,
 def logit_noise(public_rows: int, config: Config, noise_multiplier: float) -> float:
     """How much noise what private rows teach is worth: little where they are few, or public rows teach it already.
 
-    0.26 sqrt(n / (N sigma_1)), at most 1, for n private rows, N public ones, and sigma_1, the noise multiplier of one
+    0.3 sqrt(n / (N sigma_1)), at most 1, for n private rows, N public ones, and sigma_1, the noise multiplier of one
     step that would cost what all steps do. Found on validation rows of five data sets (`benchmarks/defaults.md`).
     """
     if not noise_multiplier:
