@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from adamix.config import PRESETS
 from adamix.data import Split
 from adamix.geometry import Whiten
 from adamix.models import error_rate, trainable
@@ -25,15 +26,7 @@ from adamix.trainer import AdaMix
 
 Settings = dict[str, Any]
 
-CONVENTIONAL: Settings = {
-    "geometry": None,
-    "warm_start": False,
-    "anchor": 0.0,
-    "quantile": None,
-    "max_grad_norm": 1.0,
-    "learning_rate": 1.0,
-}
-PAPER: Settings = {"geometry": None, "subspace_energy": 0.95, "anchor": 1e-3}
+CONVENTIONAL, PAPER = PRESETS["conventional"], PRESETS["paper"]
 
 #: What a search may choose from, for methods with a fixed and with an adaptive threshold. `learning_rate` is in units
 #: of 1 / tau, so the rate of the conventional update is learning_rate / max_grad_norm.

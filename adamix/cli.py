@@ -17,7 +17,7 @@ import adamix_kernels
 from adamix import baselines, features
 from adamix.cli_budget import add_ledger_flags, check_ledger_flags, make_new_ledger
 from adamix.cli_common import Commands, add_command, add_settings, console_of, find_device, progress_bar, table_of
-from adamix.config import Config
+from adamix.config import PRESETS, Config
 from adamix.data import DEFAULT_SOURCE, Split, load_split
 from adamix.datasets import BENCHMARKS, COMPUTED
 from adamix.errors import InputError
@@ -56,8 +56,8 @@ def add_train(commands: Commands) -> None:
         help="also write loss, accuracy and clipped fraction of the private rows, without noise, to "
         "OUT/PRIVATE_metrics.jsonl (outside the guarantee)",
     )
-    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
-    add_settings(parser, Config, {**defaults, "epsilon": 3.0, "expected_batch_size": None})
+    parser.add_argument("--preset", choices=PRESETS, default="adamix", help="a whole method; the settings go over it")
+    add_settings(parser, Config, {"epsilon": 3.0, "expected_batch_size": None})
 
 
 def train(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -68,8 +68,11 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
         raise InputError("log_private_metrics: there is no folder to write to; pass --out")
     check_ledger_flags(arguments)
     device = find_device(arguments.device)
-    settings = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Config)}
-    Config(**{**settings, "expected_batch_size": settings["expected_batch_size"] or 1})  # before the data are loaded
+    given = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(Config) if hasattr(arguments, f.name)}
+    settings = PRESETS[arguments.preset] | given
+    tried = Config(
+        **{**settings, "expected_batch_size": given["expected_batch_size"] or 1}
+    )  # before the data are loaded
     split = _to_device(
         load_split(
             arguments.data,
@@ -84,7 +87,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
         device,
     )
     if settings["expected_batch_size"] is None:
-        settings["expected_batch_size"] = _expected_batch_size(split, settings["sample_rate"])
+        settings["expected_batch_size"] = _expected_batch_size(split, tried.sample_rate)
     trainer = AdaMix(**settings)
     make_new_ledger(arguments)
     seen: list[PrivateMetrics] = []

@@ -15,6 +15,20 @@ if TYPE_CHECKING:
 
 GEOMETRIES = (None, "whiten")
 CLIPPINGS = ("flat", "per_layer")
+#: Whole methods by name, as settings over the defaults: "paper" is AdaMix as published, with a subspace and without a
+#: geometry; "conventional" trains on both kinds of rows by DP-GD with one fixed threshold and step, from zero.
+PRESETS: dict[str, dict[str, Any]] = {
+    "adamix": {},
+    "paper": {"geometry": None, "subspace_energy": 0.95, "anchor": 1e-3},
+    "conventional": {
+        "geometry": None,
+        "warm_start": False,
+        "anchor": 0.0,
+        "quantile": None,
+        "max_grad_norm": 1.0,
+        "learning_rate": 1.0,
+    },
+}
 #: Beyond these, float32 weights and thresholds have no meaning.
 SMALL, LARGE = 1e-12, 1e12
 _KINDS = {"float": "a number", "int": "a whole number", "str": "a text", "bool": "True or False"}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adamix.config import Config
+from adamix.config import PRESETS, Config
 from adamix.errors import InputError
 from adamix.geometry import Whiten
 from adamix.ledger import Ledger
@@ -74,7 +74,8 @@ class AdaMix:
             samples apart, trained in place and in eval mode (dropout is off, see `Trainable`). An `nn.Linear` is a
             softmax head and takes the fast path; its weights, zeros or a zero-shot classifier for instance, are the
             start of phase 1.
-        settings: the fields of `Config`; `epsilon` and `expected_batch_size` have no default.
+        preset: a whole method by name, of `adamix.config.PRESETS`: "adamix", "paper" or "conventional".
+        settings: the fields of `Config`, over those of the preset; `epsilon` and `expected_batch_size` have no default.
 
     Raises:
         InputError: a setting is wrong; the message says what to pass.
@@ -84,9 +85,11 @@ class AdaMix:
         >>> result.test_error, result.epsilon
     """
 
-    def __init__(self, model: nn.Module | None = None, **settings: Any) -> None:
+    def __init__(self, model: nn.Module | None = None, *, preset: str = "adamix", **settings: Any) -> None:
+        if preset not in PRESETS:
+            raise InputError(f"preset: {preset!r} given; pass one of {', '.join(map(repr, PRESETS))}")
         self.model = model
-        self.config = Config.of(settings)
+        self.config = Config.of(PRESETS[preset] | settings)
 
     def fit(
         self,

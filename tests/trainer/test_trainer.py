@@ -398,3 +398,19 @@ def test_geometry_needs_feature_vectors() -> None:
         AdaMix(epsilon=1.0, expected_batch_size=10).fit(public=images, private=(images.x + 1, images.y))
     with pytest.raises(InputError, match="model: None is a softmax head on feature vectors"):
         AdaMix(epsilon=1.0, expected_batch_size=10, geometry=None).fit(public=images, private=(images.x + 1, images.y))
+
+
+def test_presets_are_whole_methods() -> None:
+    paper = AdaMix(preset="paper", epsilon=1.0, expected_batch_size=10).config
+    assert (paper.geometry, paper.subspace_energy, paper.anchor, paper.quantile) == (None, 0.95, 1e-3, 0.9)
+    assert AdaMix(preset="paper", geometry="whiten", epsilon=1.0, expected_batch_size=10).config.geometry == "whiten", (
+        "settings go over it"
+    )
+    conventional = AdaMix(preset="conventional", epsilon=1.0, expected_batch_size=10).config
+    assert not conventional.warm_start and (conventional.max_grad_norm, conventional.learning_rate) == (1.0, 1.0)
+    assert (
+        AdaMix(preset="adamix", epsilon=1.0, expected_batch_size=10).config
+        == AdaMix(epsilon=1.0, expected_batch_size=10).config
+    )
+    with pytest.raises(InputError, match="preset: 'papers' given; pass one of 'adamix', 'paper', 'conventional'"):
+        AdaMix(preset="papers", epsilon=1.0, expected_batch_size=10)
