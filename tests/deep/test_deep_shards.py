@@ -40,6 +40,8 @@ LOOKS_AT = {
     "test_no_rank_has_all_of_the_model": ("memory",),
     "test_a_digest_is_that_of_the_whole": ("digests",),
     "test_refused_on_all_ranks": ("refusals",),
+    "test_ranks_that_were_given_other_things_are_refused": ("unequal",),
+    "test_all_ranks_write_where_the_first_does": ("folders",),
     "test_a_model_on_some_of_the_ranks_is_refused": ("refusals",),
 }
 
@@ -176,6 +178,7 @@ def test_a_digest_is_that_of_the_whole(jobs: dict[int, list[dict[str, Any]]], si
 REFUSED = {
     "adapters": "tune: 'lora' given for a model that is spread over ranks already",
     "adapters in ddp": "tune: 'lora' given for a model that is spread over ranks already",
+    "tied": "sharding: 'fsdp' given, and parameter 'up.weight' of a block that is sharded by itself is shared",
     "ddp": "sharding: 'fsdp' given, and a model in DistributedDataParallel",
     "root": "model: the private engine does not take it: model: some parameters are DTensors",
     "no run": "holds none",
@@ -193,6 +196,38 @@ REFUSED = {
 def test_refused_on_all_ranks(jobs: dict[int, list[dict[str, Any]]], name: str) -> None:
     for found in results(jobs[2], "refusals"):
         assert REFUSED[name] in found[name]
+
+
+UNEQUAL = {
+    "public and private changed": "public: differs between ranks 0 and 1; let all ranks call fit() with the same",
+    "order of private rows": "private: differs between ranks 0 and 1; let all",
+    "more private rows": "private: differs between ranks 0 and 1; let all",
+    "test rows": "test: differs between ranks 0 and 1; let all",
+    "a setting": "steps: differs between ranks 0 and 1, 1 and 2;",
+    "trained parts": "tune: differs between ranks 0 and 1, 'full' and 'head';",
+    "sharding": "sharding: differs between ranks 0 and 1, 'fsdp' and 'none';",
+    "model": "model: differs between ranks 0 and 1; let all",
+    "resume": "resume: differs between ranks 0 and 1, True and False;",
+}
+
+
+@pytest.mark.parametrize("kind", ["plain", "fsdp"])
+@pytest.mark.parametrize("name", UNEQUAL)
+def test_ranks_that_were_given_other_things_are_refused(
+    jobs: dict[int, list[dict[str, Any]]], kind: str, name: str
+) -> None:
+    """A row that is public on one rank and private on another would be in the model without noise. On all ranks."""
+    for found in results(jobs[2], f"unequal {kind}"):
+        assert found[name].startswith(UNEQUAL[name])
+
+
+def test_all_ranks_write_where_the_first_does(jobs: dict[int, list[dict[str, Any]]]) -> None:
+    """Parts that rank 0 cannot see have no checksum: a checkpoint that lacks some is none."""
+    for found in results(jobs[2], "folders"):
+        assert "cannot be read again; let all ranks write to one folder" in found["disks"] and not found["sealed"]
+        assert found["steps"] == 2
+        assert found["of the first"] == ["step-0000001", "step-0000001.json", "step-0000002", "step-0000002.json"]
+        assert "step-0000009.json is of step 1" in found["renamed"]
 
 
 def test_a_model_on_some_of_the_ranks_is_refused(jobs: dict[int, list[dict[str, Any]]]) -> None:
