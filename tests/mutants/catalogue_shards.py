@@ -116,4 +116,11 @@ SHARD_MUTANTS = [
         "if unread := files.keys() - files.keys():",
         (f"{SHARDS}::test_all_ranks_write_where_the_first_does",),
     ),
+    Mutant(
+        "a job that is started again takes any ledger, without the budget that was asked for",
+        COMMAND,
+        "if new_ledger_was_made(arguments):",
+        "if arguments.new_ledger is not None and Path(arguments.ledger).exists():",
+        (f"{JOBS}::test_a_restarted_job_does_not_take_a_ledger_that_was_refused_at_first",),
+    ),
 ]
