@@ -88,14 +88,17 @@ def save_parts(folder: str | Path, finished: int, state: dict[str, Any], record:
     on_first(seal)
 
 
-def newest(folder: str | Path) -> dict[str, Any] | None:
+def newest(folder: str | Path, keys: set[str]) -> dict[str, Any] | None:
     """The record of the newest checkpoint, with its `finished`; None if there is none. For one process.
+
+    Args:
+        keys: what it must hold; other programs write checkpoints of this kind as well.
 
     Its metadata are a pickle, which is read only if it is the one that was written; that whoever can write the folder
     is trusted remains.
 
     Raises:
-        InputError: it is damaged.
+        InputError: it is damaged, or of another program.
     """
     found = _finished(Path(folder)) if Path(folder).exists() else []
     if not found:
@@ -109,6 +112,11 @@ def newest(folder: str | Path) -> dict[str, Any] | None:
         ) from error
     if "metadata_sha256" not in record:
         raise InputError(f"checkpoint: {path} is of a model that is not sharded; go on with it as it was")
+    if missing := keys - record.keys():
+        raise InputError(
+            f"checkpoint: {path} holds no {min(missing)!r}: DeepAdaMix and adamix.distributed.save do not read each "
+            "other's; go on with the one that wrote it"
+        )
     if record["finished"] != _number(path):
         raise InputError(f"checkpoint: {path} is of step {record['finished']}; give it back its name, or remove it")
     metadata = path.with_suffix("") / ".metadata"

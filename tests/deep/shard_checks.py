@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import Subset
 
-from adamix import InputError, Ledger
+from adamix import InputError, Ledger, distributed
 from adamix.deep import DeepResult, tune
 from adamix.deep.ranks import Ranks
 from adamix.deep.sharding import blocks_of, digest_of_all
@@ -389,6 +389,14 @@ def refusals(folder: Path) -> dict[str, str]:
         file.write_bytes(content)
     dist.barrier()
     found["a bit"] = refusal(lambda: place.fit("fsdp", resume=True, **RESUMED))
+    place = Place(folder, "of-another-program")
+    save_parts(place.folder / "run", 1, {"x": torch.ones(3)}, {"run": "1", "finished": 1, "engine": {}, "ledger": None})
+    found["program"] = refusal(lambda: place.fit("fsdp", resume=True, **RESUMED))
+    place = Place(folder, "of-this-program")
+    place.interrupt("fsdp", stop=1, **RESUMED)
+    model = spread("fsdp", Net())
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    found["the other program"] = refusal(lambda: distributed.load(place.folder / "run", model, optimizer))
     place = Place(folder, "odd")
     odd = {"optimizer": lambda p: Odd(p, lr=0.1), **RESUMED}
     found["optimizer"] = refusal(lambda: place.fit("fsdp", **odd))

@@ -188,6 +188,8 @@ REFUSED = {
     "other parts": "tune: the run to resume has 'full'",
     "other buffers": "resume: the frozen parameters and buffers differ",
     "a bit": "is not as it was written",
+    "program": "do not read each other's; go on with the one that wrote it",
+    "the other program": "holds no 'engine': DeepAdaMix and adamix.distributed.save do not read each other's",
     "optimizer": "optimizer: its state is placed as",
 }
 
