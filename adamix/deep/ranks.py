@@ -28,6 +28,7 @@ from adamix.distributed import start, stop
 from adamix.errors import InputError
 from adamix.ledger import Ledger
 from adamix.parts import on_first
+from adamix.privacy import calibrate, spent_by_step
 from adamix.private_phase import Step
 from adamix.recorder import Recorder, recording
 
@@ -167,6 +168,11 @@ class RankRecorder:
         self._call("end")
 
     def epsilons(self) -> list[float]:
+        charged = self._call("charged")
+        # By all ranks at a time, though rank 0 is asked, which has kept them: others would wait longer than they may.
+        spent_by_step(
+            self.noise_multiplier, delta=self.config.delta, steps=charged, sample_rate=self.config.sample_rate
+        )
         return self._call("epsilons")
 
     def ledger_epsilon(self) -> float | None:
@@ -216,6 +222,8 @@ def recording_on(
 ) -> Iterator[RankRecorder]:
     """`recording` on rank 0, and what it knows on the others; of a checkpoint of a sharded model each has its part,
     and `training` takes on its weights."""
+    if not kwargs["resume"]:  # by all ranks at a time, see `RankRecorder.epsilons`
+        calibrate(config.epsilon, delta=config.delta, steps=config.steps, sample_rate=config.sample_rate)
     with ExitStack() as stack:
         found: list[Recorder[DeepConfig]] = []
         kind = PartsRecorder if ranks.sharded else Recorder[DeepConfig]

@@ -436,6 +436,34 @@ def unequal(kind: str) -> dict[str, str]:
     return found
 
 
+def longest_wait(kind: str) -> float:
+    """Seconds that other ranks wait for rank 0 at most, where a value of the accounting takes a third of one."""
+    from adamix import privacy
+    from adamix.deep import ranks
+
+    waits, composed, on_first = [0.0], privacy._composed, ranks.on_first
+
+    def slow(*args: Any) -> float:
+        time.sleep(1 / 3)
+        return composed(*args)
+
+    def timed(action: Callable[[], Any], group: Any = None) -> Any:
+        def go() -> Any:
+            began = time.monotonic()
+            found = action()
+            waits.append(time.monotonic() - began)
+            return found
+
+        return on_first(go, group)
+
+    privacy._composed, ranks.on_first = slow, timed
+    try:
+        run(kind, epsilon=2.0, delta=1e-3, sample_rate=0.4321, steps=5)
+    finally:
+        privacy._composed, ranks.on_first = composed, on_first
+    return max(waits)
+
+
 def folders(folder: Path) -> dict[str, Any]:
     """What ranks do that have not the same folder, and with a checkpoint that has another's name."""
     place, rank = Place(folder, "apart"), dist.get_rank()
@@ -504,3 +532,4 @@ def plan(size: int, folder: Path) -> Iterator[tuple[str, Callable[..., Any], tup
         yield "unequal plain", unequal, ("plain",)
         yield "unequal fsdp", unequal, ("fsdp",)
         yield "folders", folders, (folder,)
+        yield "waits", longest_wait, ("fsdp",)

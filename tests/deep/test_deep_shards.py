@@ -41,6 +41,7 @@ LOOKS_AT = {
     "test_a_digest_is_that_of_the_whole": ("digests",),
     "test_refused_on_all_ranks": ("refusals",),
     "test_ranks_that_were_given_other_things_are_refused": ("unequal",),
+    "test_no_rank_waits_for_the_accounting_of_another": ("waits",),
     "test_all_ranks_write_where_the_first_does": ("folders",),
     "test_a_model_on_some_of_the_ranks_is_refused": ("refusals",),
 }
@@ -221,6 +222,11 @@ def test_ranks_that_were_given_other_things_are_refused(
     """A row that is public on one rank and private on another would be in the model without noise. On all ranks."""
     for found in results(jobs[2], f"unequal {kind}"):
         assert found[name].startswith(UNEQUAL[name])
+
+
+def test_no_rank_waits_for_the_accounting_of_another(jobs: dict[int, list[dict[str, Any]]]) -> None:
+    """It takes up to a minute, longer than a rank waits, and what was trained would be lost."""
+    assert max(results(jobs[2], "waits")) < 1 / 3
 
 
 def test_all_ranks_write_where_the_first_does(jobs: dict[int, list[dict[str, Any]]]) -> None:
