@@ -99,10 +99,21 @@ def check_ledger_flags(arguments: argparse.Namespace) -> None:
 def make_new_ledger(arguments: argparse.Namespace) -> None:
     """If one was asked for."""
     if arguments.new_ledger is not None:
-        Ledger.create(
-            arguments.ledger,
-            data_set=arguments.new_ledger,
-            epsilon=arguments.budget_epsilon,
-            delta=arguments.delta if arguments.budget_delta is None else arguments.budget_delta,
-            unit=arguments.unit or "record",
-        ).close()
+        Ledger.create(arguments.ledger, **_asked_for(arguments)).close()
+
+
+def new_ledger_was_made(arguments: argparse.Namespace) -> bool:
+    """The ledger is there, with the name, budget and unit of the new one that was asked for."""
+    if None in (arguments.new_ledger, arguments.ledger) or not Path(arguments.ledger).exists():
+        return False
+    book = read_ledger(arguments.ledger)
+    return all(getattr(book, name) == value for name, value in _asked_for(arguments).items())
+
+
+def _asked_for(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "data_set": arguments.new_ledger,
+        "epsilon": arguments.budget_epsilon,
+        "delta": arguments.delta if arguments.budget_delta is None else arguments.budget_delta,
+        "unit": arguments.unit or "record",
+    }

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from adamix.checkpoint import holds_a_run
-from adamix.cli_budget import add_ledger_flags, check_ledger_flags, make_new_ledger
+from adamix.cli_budget import add_ledger_flags, check_ledger_flags, make_new_ledger, new_ledger_was_made
 from adamix.cli_common import Commands, add_command, add_settings, console_of, find_device, progress_bar, table_of
 from adamix.deep import DeepAdaMix, DeepConfig, DeepResult
 from adamix.deep.ranks import Ranks, job_of_torchrun
@@ -119,7 +119,7 @@ def _go_on(arguments: argparse.Namespace) -> None:
         )
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
         arguments.resume |= holds_a_run(arguments.checkpoint)  # before the first one nothing was charged
-        if None not in (arguments.new_ledger, arguments.ledger) and Path(arguments.ledger).exists():
+        if new_ledger_was_made(arguments):  # another one is still refused
             arguments.new_ledger = arguments.budget_epsilon = arguments.budget_delta = arguments.unit = None
 
 

@@ -164,7 +164,7 @@ def load(
     Raises:
         InputError: on all ranks: it is damaged, or the ledger is older.
     """
-    record = on_first(lambda: newest(folder))
+    record = on_first(lambda: newest(folder, {"run", "finished", "engine", "ledger"}))
     if record is None:
         return None
     if ledger is not None and record["ledger"] is not None:

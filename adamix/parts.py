@@ -13,6 +13,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
@@ -71,8 +72,12 @@ def save_parts(folder: str | Path, finished: int, state: dict[str, Any], record:
 
     def seal() -> None:
         durable.sync_folder(path)
-        if unread := {p.name for p in path.glob("*.distcp")} - files.keys():
-            raise InputError(f"checkpoint: {path / min(unread)} cannot be read again; mend that and resume")
+        written = {part.relative_path for part in FileSystemReader(path).read_metadata().storage_data.values()}
+        if unread := written - files.keys():
+            raise InputError(
+                f"checkpoint: {path / min(unread)} cannot be read again; let all ranks write to one folder, on a disk "
+                "that they share, and resume"
+            )
         sealed = {**record, "format": _FORMAT, "metadata_sha256": _digest(path / ".metadata"), "files": files}
         durable.replace_file(path.with_suffix(".json"), durable.seal(sealed))
         for old in _finished(path.parent)[:-_KEPT]:
@@ -83,14 +88,17 @@ def save_parts(folder: str | Path, finished: int, state: dict[str, Any], record:
     on_first(seal)
 
 
-def newest(folder: str | Path) -> dict[str, Any] | None:
+def newest(folder: str | Path, keys: set[str]) -> dict[str, Any] | None:
     """The record of the newest checkpoint, with its `finished`; None if there is none. For one process.
+
+    Args:
+        keys: what it must hold; other programs write checkpoints of this kind as well.
 
     Its metadata are a pickle, which is read only if it is the one that was written; that whoever can write the folder
     is trusted remains.
 
     Raises:
-        InputError: it is damaged.
+        InputError: it is damaged, or of another program.
     """
     found = _finished(Path(folder)) if Path(folder).exists() else []
     if not found:
@@ -104,6 +112,13 @@ def newest(folder: str | Path) -> dict[str, Any] | None:
         ) from error
     if "metadata_sha256" not in record:
         raise InputError(f"checkpoint: {path} is of a model that is not sharded; go on with it as it was")
+    if missing := keys - record.keys():
+        raise InputError(
+            f"checkpoint: {path} holds no {min(missing)!r}: DeepAdaMix and adamix.distributed.save do not read each "
+            "other's; go on with the one that wrote it"
+        )
+    if record["finished"] != _number(path):
+        raise InputError(f"checkpoint: {path} is of step {record['finished']}; give it back its name, or remove it")
     metadata = path.with_suffix("") / ".metadata"
     if record["format"] != _FORMAT or not metadata.exists() or record["metadata_sha256"] != _digest(metadata):
         raise InputError(f"checkpoint: {path.with_suffix('')} is not as it was written; remove {path}")
@@ -189,4 +204,8 @@ def _folder_of(folder: str | Path, finished: int) -> Path:
 
 def _finished(folder: Path) -> list[Path]:
     """The JSON files, oldest first."""
-    return sorted(p for p in folder.iterdir() if re.fullmatch(r"step-\d{7,}\.json", p.name))
+    return sorted((p for p in folder.iterdir() if re.fullmatch(r"step-\d{7,}\.json", p.name)), key=_number)
+
+
+def _number(path: Path) -> int:
+    return int(path.stem.removeprefix("step-"))

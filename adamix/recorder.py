@@ -161,6 +161,10 @@ class Recorder(Generic[Settings]):
         if self._ledger is not None and not self._ledger.book.runs[self._run].ended:
             self._ledger.end_run(self._run)
 
+    def charged(self) -> int:
+        """Steps, those that were lost and taken again among them."""
+        return self._charged
+
     def epsilons(self) -> list[float]:
         """The run's epsilon after each finished step. Steps charged twice count from the first step on: when each of
         them was lost is not known, and this is never too low."""

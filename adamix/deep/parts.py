@@ -33,13 +33,12 @@ class PartsRecorder(Recorder[DeepConfig]):
         return due
 
     def _load(self, folder: Path) -> Checkpoint:
-        record = self.found = newest(folder)
+        tensors = {"weights", "anchor", "start", "optimizer"}
+        known = {f.name for f in dataclasses.fields(Checkpoint)} - tensors
+        record = self.found = newest(folder, {*known, "optimizer_tensors"})
         if record is None:
             raise none_in(folder)
-        known = {f.name for f in dataclasses.fields(Checkpoint)}
-        return Checkpoint(
-            **{key: value for key, value in record.items() if key in known}, weights=_NONE, anchor=_NONE, start=_NONE
-        )
+        return Checkpoint(**{key: record[key] for key in known}, weights=_NONE, anchor=_NONE, start=_NONE)
 
     def _save(self, view: Weights) -> None:
         self.due = Checkpoint(**self._record(), weights=_NONE, anchor=_NONE, start=_NONE)

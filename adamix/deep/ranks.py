@@ -8,7 +8,7 @@ none goes on until that has succeeded.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +25,10 @@ from adamix.deep.parts import PartsRecorder
 from adamix.deep.sharding import agree, check_mesh, is_sharded
 from adamix.deep.weights import Training
 from adamix.distributed import start, stop
+from adamix.errors import InputError
 from adamix.ledger import Ledger
 from adamix.parts import on_first
+from adamix.privacy import calibrate, spent_by_step
 from adamix.private_phase import Step
 from adamix.recorder import Recorder, recording
 
@@ -66,6 +68,27 @@ class Ranks:
     def on_first(self, action: Callable[[], Any]) -> Any:
         """What `action` gives on rank 0, on all of them; it runs there alone, and what it raises is raised by all."""
         return action() if self.size == 1 else on_first(action, self.group)
+
+    def check_equal(self, known: Mapping[str, Any], *, told: bool = True) -> None:
+        """Raise on all ranks if they were given different things: one rank's public rows may be another's private ones.
+
+        Args:
+            known: by name, what can be compared and pickled.
+            told: whether the message has the values: not if they are long, or a hash of private rows.
+        """
+        if self.size == 1:
+            return
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, dict(known), group=self.group)
+        for rank, other in enumerate(found):
+            for name in found[0] | other:
+                first, own = found[0].get(name), other.get(name)
+                if first != own:
+                    values = f", {first!r} and {own!r}" if told else ""
+                    raise InputError(
+                        f"{name}: differs between ranks 0 and {rank}{values}; let all ranks call fit() with the same "
+                        "model, settings and rows, in one order (seed what shuffles or splits them)"
+                    )
 
     def agree(self, tensors: Sequence[Tensor]) -> None:
         """Those of rank 0 on all ranks."""
@@ -145,6 +168,11 @@ class RankRecorder:
         self._call("end")
 
     def epsilons(self) -> list[float]:
+        charged = self._call("charged")
+        # By all ranks at a time, though rank 0 is asked, which has kept them: others would wait longer than they may.
+        spent_by_step(
+            self.noise_multiplier, delta=self.config.delta, steps=charged, sample_rate=self.config.sample_rate
+        )
         return self._call("epsilons")
 
     def ledger_epsilon(self) -> float | None:
@@ -194,6 +222,8 @@ def recording_on(
 ) -> Iterator[RankRecorder]:
     """`recording` on rank 0, and what it knows on the others; of a checkpoint of a sharded model each has its part,
     and `training` takes on its weights."""
+    if not kwargs["resume"]:  # by all ranks at a time, see `RankRecorder.epsilons`
+        calibrate(config.epsilon, delta=config.delta, steps=config.steps, sample_rate=config.sample_rate)
     with ExitStack() as stack:
         found: list[Recorder[DeepConfig]] = []
         kind = PartsRecorder if ranks.sharded else Recorder[DeepConfig]
@@ -202,10 +232,10 @@ def recording_on(
             recorder = stack.enter_context(recording(config, ledger, checkpoint, kind=kind, **kwargs))
             found.append(recorder)
             known = recorder.config, recorder.saved, recorder.noise_multiplier, recorder.last, recorder.steps
-            return known, recorder.found if isinstance(recorder, PartsRecorder) else None
+            folder = Path(checkpoint) if ranks.sharded and checkpoint is not None else None
+            return known, folder, recorder.found if isinstance(recorder, PartsRecorder) else None
 
-        known, record = ranks.on_first(enter)
-        folder = Path(checkpoint) if ranks.sharded and checkpoint is not None else None
+        known, folder, record = ranks.on_first(enter)
         recorder = RankRecorder(ranks, found[0] if found else None, known, folder)
         if folder is not None and recorder.saved is not None:
             recorder.saved = parts.load(folder, recorder.saved, record, training)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,7 +37,7 @@ def shard(model: nn.Module, device: torch.device) -> None:
     """Shard a model over all ranks, those of rank 0 its weights; block by block, so that a device never has all of it.
 
     Raises:
-        InputError: there is no job.
+        InputError: there is no job, or the blocks are not apart.
     """
     if is_sharded(model):
         return
@@ -47,6 +48,7 @@ def shard(model: nn.Module, device: torch.device) -> None:
             "sharding: 'fsdp' given, but torch.distributed is not initialised; start with torchrun, or call "
             "adamix.distributed.start()"
         )
+    _check_blocks_alone(model)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for module in dict.fromkeys([*blocks_of(model), model]):
         left = [p for p in module.parameters() if not isinstance(p, DTensor)]
@@ -55,6 +57,25 @@ def shard(model: nn.Module, device: torch.device) -> None:
             dist.broadcast(x.detach(), src=0)
         if left or module is model:  # the engine asks for the whole as well
             fully_shard(module, mesh=mesh)
+
+
+def _check_blocks_alone(model: nn.Module) -> None:
+    """A parameter of a block and of something else would be sharded in one place and stay whole in the other."""
+    everywhere = _places(model)
+    for block in blocks_of(model):
+        inside = _places(block)
+        for name, p in block.named_parameters():
+            if inside[id(p)] != everywhere[id(p)]:
+                raise InputError(
+                    f"sharding: 'fsdp' given, and parameter {name!r} of a block that is sharded by itself is shared "
+                    "with another part of the model; call fully_shard([one, other]) on these parts and "
+                    "fully_shard(model) before, or pass 'none'"
+                )
+
+
+def _places(module: nn.Module) -> Counter[int]:
+    """In how many modules each parameter is."""
+    return Counter(id(p) for inner in module.modules() for p in inner._parameters.values() if p is not None)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

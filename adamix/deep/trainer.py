@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -174,6 +175,9 @@ class DeepAdaMix:
         }
         if not len(data["public"]):
             raise InputError("public: has no rows; pass some")
+        ranks = Ranks.of(self.model)
+        ranks.check_equal({**dataclasses.asdict(config), "resume": resume, "checkpoint_every": checkpoint_every})
+        ranks.check_equal({"model": _form(model)}, told=False)
         tuned = tune_as(self.model, config)
         if config.sharding == "fsdp":
             shard(self.model, device)
@@ -183,9 +187,10 @@ class DeepAdaMix:
         with eval_mode(model), recompute_activations(model, config.checkpointing):
             task, classes = self._task(data["public"], config, device, ranks)
             with secret_generators(device):
-                public_rows = _compared(data, classes)
+                rows = _compared(data, classes)
+            ranks.check_equal(rows, told=False)
             fixed = {
-                "public rows": public_rows,
+                "public rows": rows["public"],
                 "trained parameters": training.size,
                 "frozen parameters and buffers": digest_of_all(_rest(model, tuned)),
                 "optimizer": type(training.optimizer).__name__,
@@ -312,14 +317,24 @@ def tune_as(model: nn.Module, config: DeepConfig) -> Tuned:
     return tune(inner, config.tune, head=config.head, lora_rank=config.lora_rank)
 
 
-def _compared(data: dict[str, Data], classes: int | None) -> str:
-    """Refuse private rows that are public or test rows; returns a hash of the public ones."""
+def _form(model: nn.Module) -> list[tuple[str, str, list[int]]]:
+    """Names, types and shapes of its tensors."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return [(name, str(x.dtype), list(x.shape)) for name, x in named]
+
+
+def _compared(data: dict[str, Data], classes: int | None) -> dict[str, str]:
+    """Refuse private rows that are public or test rows; returns a hash of each set, of which only that of the public
+    one may be kept."""
     like = data["public"].rows([0])[0]
     digests = {name: rows.digests(like, classes) for name, rows in data.items()}
     check_no_overlap(digests["public"], digests["private"])
     if "test" in digests:
         check_no_overlap(digests["private"], digests["test"], ("private", "test"))
-    return digest_of(torch.frombuffer(bytearray(repr(digests["public"]).encode()), dtype=torch.uint8))
+    return {
+        name: digest_of(torch.frombuffer(bytearray(repr(found).encode()), dtype=torch.uint8))
+        for name, found in digests.items()
+    }
 
 
 def _rest(model: nn.Module, tuned: Tuned) -> list[Tensor]:

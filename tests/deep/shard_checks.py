@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import os
 import pickle
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from small import TEST, fit
+from small import PRIVATE, TEST, blobs, fit
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -24,12 +25,14 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.data import Subset
 
-from adamix import InputError, Ledger
+from adamix import InputError, Ledger, distributed
 from adamix.deep import DeepResult, tune
 from adamix.deep.ranks import Ranks
 from adamix.deep.sharding import blocks_of, digest_of_all
 from adamix.ledger_records import read_ledger
+from adamix.parts import save_parts
 from adamix_kernels import Noise, PrivacyError
 from adamix_kernels.nn import sharded
 
@@ -353,6 +356,7 @@ def refusals(folder: Path) -> dict[str, str]:
     quick = {"public_steps": 0, "steps": 1}
     found["adapters"] = refusal(lambda: run("fsdp", tune="lora", **quick))
     found["adapters in ddp"] = refusal(lambda: run("ddp", tune="lora", **quick))
+    found["tied"] = refusal(lambda: fit(Tied(), sharding="fsdp", **quick))
     found["ddp"] = refusal(lambda: fit(spread("ddp", Net()), sharding="fsdp", **quick))
     if size == 4:
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("other", "shard"))
@@ -385,9 +389,98 @@ def refusals(folder: Path) -> dict[str, str]:
         file.write_bytes(content)
     dist.barrier()
     found["a bit"] = refusal(lambda: place.fit("fsdp", resume=True, **RESUMED))
+    place = Place(folder, "of-another-program")
+    save_parts(place.folder / "run", 1, {"x": torch.ones(3)}, {"run": "1", "finished": 1, "engine": {}, "ledger": None})
+    found["program"] = refusal(lambda: place.fit("fsdp", resume=True, **RESUMED))
+    place = Place(folder, "of-this-program")
+    place.interrupt("fsdp", stop=1, **RESUMED)
+    model = spread("fsdp", Net())
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    found["the other program"] = refusal(lambda: distributed.load(place.folder / "run", model, optimizer))
     place = Place(folder, "odd")
     odd = {"optimizer": lambda p: Odd(p, lr=0.1), **RESUMED}
     found["optimizer"] = refusal(lambda: place.fit("fsdp", **odd))
+    return found
+
+
+class Tied(Net):
+    """Two blocks share a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks[2].up.weight = self.blocks[0].up.weight
+
+
+#: What a rank may be given otherwise, by name: of rank 0, and of rank 1.
+UNEQUAL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "public and private changed": ({"public": blobs(20, 5)}, {"private": blobs(20, 5)}),
+    "order of private rows": ({}, {"private": Subset(PRIVATE, range(len(PRIVATE) - 1, -1, -1))}),
+    "more private rows": ({}, {"private": blobs(60, 2)}),
+    "test rows": ({}, {"test": TEST}),
+    "a setting": ({"steps": 1}, {"steps": 2}),
+    "trained parts": ({"tune": "full"}, {"tune": "head"}),
+    "sharding": ({"sharding": "fsdp"}, {"sharding": "none"}),
+    "model": ({"model": Net()}, {"model": Net(inner=31)}),
+    "resume": ({"resume": True}, {"resume": False}),
+}
+
+
+def unequal(kind: str) -> dict[str, str]:
+    """By name, the message of each on this rank."""
+    quick = {"public_steps": 0, "steps": 1}
+    found = {}
+    for name, given in UNEQUAL.items():
+        own: dict[str, Any] = {**quick, **given[dist.get_rank()]}
+        model = copy.deepcopy(own.pop("model", None)) or Net()
+        found[name] = refusal(lambda model=model, own=own: fit(spread(kind, model), **own))  # type: ignore[misc]
+    return found
+
+
+def longest_wait(kind: str) -> float:
+    """Seconds that other ranks wait for rank 0 at most, where a value of the accounting takes a third of one."""
+    from adamix import privacy
+    from adamix.deep import ranks
+
+    waits, composed, on_first = [0.0], privacy._composed, ranks.on_first
+
+    def slow(*args: Any) -> float:
+        time.sleep(1 / 3)
+        return composed(*args)
+
+    def timed(action: Callable[[], Any], group: Any = None) -> Any:
+        def go() -> Any:
+            began = time.monotonic()
+            found = action()
+            waits.append(time.monotonic() - began)
+            return found
+
+        return on_first(go, group)
+
+    privacy._composed, ranks.on_first = slow, timed
+    try:
+        run(kind, epsilon=2.0, delta=1e-3, sample_rate=0.4321, steps=5)
+    finally:
+        privacy._composed, ranks.on_first = composed, on_first
+    return max(waits)
+
+
+def folders(folder: Path) -> dict[str, Any]:
+    """What ranks do that have not the same folder, and with a checkpoint that has another's name."""
+    place, rank = Place(folder, "apart"), dist.get_rank()
+    found: dict[str, Any] = {}
+    own = place.folder / f"of-{rank}"  # as on disks of two machines
+    found["disks"] = refusal(lambda: save_parts(own, 1, {"x": torch.ones(3), f"of {rank}": torch.ones(3)}, {}))
+    found["sealed"] = [p.name for p in own.glob("*.json")]
+    given = place.folder / "run" if rank == 0 else None  # as the ledger, those of rank 0 count
+    result = run("fsdp", ledger=place.folder / "rows.ledger", checkpoint=given, **{**RESUMED, "steps": 2})
+    found["of the first"], found["steps"] = place.names(), len(result.steps)
+    dist.barrier()
+    if rank == 0:
+        step = place.folder / "run" / "step-0000001"
+        shutil.copytree(step, step.with_name("step-0000009"))
+        shutil.copy(step.with_suffix(".json"), step.with_name("step-0000009.json"))
+    dist.barrier()
+    found["renamed"] = refusal(lambda: place.fit("fsdp", resume=True, **{**RESUMED, "steps": 2}))
     return found
 
 
@@ -435,3 +528,8 @@ def plan(size: int, folder: Path) -> Iterator[tuple[str, Callable[..., Any], tup
         yield "memory", memory, ("fsdp", folder)
         yield "digests", digests_agree, ()
         yield "refusals", refusals, (folder,)
+    if size == 2:
+        yield "unequal plain", unequal, ("plain",)
+        yield "unequal fsdp", unequal, ("fsdp",)
+        yield "folders", folders, (folder,)
+        yield "waits", longest_wait, ("fsdp",)

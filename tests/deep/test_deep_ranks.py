@@ -106,9 +106,24 @@ def test_a_restarted_job_takes_its_ledger_and_checkpoint_as_they_are(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "2")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    Ledger.create("rows.ledger", data_set="rows", epsilon=5.0).close()
+    Ledger.create("rows.ledger", data_set="rows", epsilon=5.0, delta=1e-3).close()
     argv = ["finetune", "vit", *QUICK, "--ledger", "rows.ledger", "--new-ledger", "rows", "--budget-epsilon", "5"]
     assert main([*argv, "--checkpoint", "steps"]) == 0
     (run,) = read_ledger("rows.ledger").runs.values()
     assert run.charged == 3 and run.ended
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["steps"] == 3
+
+
+@pytest.mark.parametrize("made", [{"epsilon": 9.0}, {}, {"epsilon": 5.0, "delta": 1e-7}, {"data_set": "others"}])
+def test_a_restarted_job_does_not_take_a_ledger_that_was_refused_at_first(
+    made: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was there before the job, with a budget that was not asked for."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    Ledger.create("rows.ledger", **{"data_set": "rows", "delta": 1e-3, **made}).close()
+    argv = ["finetune", "vit", *QUICK, "--ledger", "rows.ledger", "--new-ledger", "rows", "--budget-epsilon", "5"]
+    assert main([*argv, "--checkpoint", "steps"]) == 2
+    assert "ledger: rows.ledger exists already" in capsys.readouterr().err
+    assert not read_ledger("rows.ledger").runs

@@ -40,6 +40,9 @@ LOOKS_AT = {
     "test_no_rank_has_all_of_the_model": ("memory",),
     "test_a_digest_is_that_of_the_whole": ("digests",),
     "test_refused_on_all_ranks": ("refusals",),
+    "test_ranks_that_were_given_other_things_are_refused": ("unequal",),
+    "test_no_rank_waits_for_the_accounting_of_another": ("waits",),
+    "test_all_ranks_write_where_the_first_does": ("folders",),
     "test_a_model_on_some_of_the_ranks_is_refused": ("refusals",),
 }
 
@@ -176,6 +179,7 @@ def test_a_digest_is_that_of_the_whole(jobs: dict[int, list[dict[str, Any]]], si
 REFUSED = {
     "adapters": "tune: 'lora' given for a model that is spread over ranks already",
     "adapters in ddp": "tune: 'lora' given for a model that is spread over ranks already",
+    "tied": "sharding: 'fsdp' given, and parameter 'up.weight' of a block that is sharded by itself is shared",
     "ddp": "sharding: 'fsdp' given, and a model in DistributedDataParallel",
     "root": "model: the private engine does not take it: model: some parameters are DTensors",
     "no run": "holds none",
@@ -185,6 +189,8 @@ REFUSED = {
     "other parts": "tune: the run to resume has 'full'",
     "other buffers": "resume: the frozen parameters and buffers differ",
     "a bit": "is not as it was written",
+    "program": "do not read each other's; go on with the one that wrote it",
+    "the other program": "holds no 'engine': DeepAdaMix and adamix.distributed.save do not read each other's",
     "optimizer": "optimizer: its state is placed as",
 }
 
@@ -193,6 +199,43 @@ REFUSED = {
 def test_refused_on_all_ranks(jobs: dict[int, list[dict[str, Any]]], name: str) -> None:
     for found in results(jobs[2], "refusals"):
         assert REFUSED[name] in found[name]
+
+
+UNEQUAL = {
+    "public and private changed": "public: differs between ranks 0 and 1; let all ranks call fit() with the same",
+    "order of private rows": "private: differs between ranks 0 and 1; let all",
+    "more private rows": "private: differs between ranks 0 and 1; let all",
+    "test rows": "test: differs between ranks 0 and 1; let all",
+    "a setting": "steps: differs between ranks 0 and 1, 1 and 2;",
+    "trained parts": "tune: differs between ranks 0 and 1, 'full' and 'head';",
+    "sharding": "sharding: differs between ranks 0 and 1, 'fsdp' and 'none';",
+    "model": "model: differs between ranks 0 and 1; let all",
+    "resume": "resume: differs between ranks 0 and 1, True and False;",
+}
+
+
+@pytest.mark.parametrize("kind", ["plain", "fsdp"])
+@pytest.mark.parametrize("name", UNEQUAL)
+def test_ranks_that_were_given_other_things_are_refused(
+    jobs: dict[int, list[dict[str, Any]]], kind: str, name: str
+) -> None:
+    """A row that is public on one rank and private on another would be in the model without noise. On all ranks."""
+    for found in results(jobs[2], f"unequal {kind}"):
+        assert found[name].startswith(UNEQUAL[name])
+
+
+def test_no_rank_waits_for_the_accounting_of_another(jobs: dict[int, list[dict[str, Any]]]) -> None:
+    """It takes up to a minute, longer than a rank waits, and what was trained would be lost."""
+    assert max(results(jobs[2], "waits")) < 1 / 3
+
+
+def test_all_ranks_write_where_the_first_does(jobs: dict[int, list[dict[str, Any]]]) -> None:
+    """Parts that rank 0 cannot see have no checksum: a checkpoint that lacks some is none."""
+    for found in results(jobs[2], "folders"):
+        assert "cannot be read again; let all ranks write to one folder" in found["disks"] and not found["sealed"]
+        assert found["steps"] == 2
+        assert found["of the first"] == ["step-0000001", "step-0000001.json", "step-0000002", "step-0000002.json"]
+        assert "step-0000009.json is of step 1" in found["renamed"]
 
 
 def test_a_model_on_some_of_the_ranks_is_refused(jobs: dict[int, list[dict[str, Any]]]) -> None:

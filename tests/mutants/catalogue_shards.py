@@ -13,6 +13,7 @@ SHARDS = "tests/deep/test_deep_shards.py"
 JOBS = "tests/deep/test_deep_ranks.py"
 ORDER = f"{SHARDS}::test_a_step_is_charged_before_batch_and_noise_on_each_rank"
 DIGEST = f"{SHARDS}::test_a_digest_is_that_of_the_whole"
+UNEQUAL = f"{SHARDS}::test_ranks_that_were_given_other_things_are_refused"
 REFUSED = f"{SHARDS}::test_refused_on_all_ranks"
 
 SHARD_MUTANTS = [
@@ -86,5 +87,40 @@ SHARD_MUTANTS = [
         "arguments.resume |= holds_a_run(arguments.checkpoint)",
         "arguments.resume |= False",
         (f"{JOBS}::test_torchrun_goes_on_after_a_rank_was_killed",),
+    ),
+    Mutant(
+        "a row is public on one rank and private on another",
+        "adamix/deep/trainer.py",
+        "ranks.check_equal(rows, told=False)",
+        "ranks.check_equal({}, told=False)",
+        (UNEQUAL,),
+    ),
+    Mutant(
+        "ranks have other settings",
+        RANKS,
+        "if first != own:",
+        "if first != own and not told:",
+        (UNEQUAL,),
+    ),
+    Mutant(
+        "a hash of private rows is in a message",
+        RANKS,
+        "if told else",
+        "if True else",
+        (UNEQUAL,),
+    ),
+    Mutant(
+        "a checkpoint without the parts of another machine is sealed",
+        PARTS,
+        "if unread := written - files.keys():",
+        "if unread := files.keys() - files.keys():",
+        (f"{SHARDS}::test_all_ranks_write_where_the_first_does",),
+    ),
+    Mutant(
+        "a job that is started again takes any ledger, without the budget that was asked for",
+        COMMAND,
+        "if new_ledger_was_made(arguments):",
+        "if arguments.new_ledger is not None and Path(arguments.ledger).exists():",
+        (f"{JOBS}::test_a_restarted_job_does_not_take_a_ledger_that_was_refused_at_first",),
     ),
 ]
