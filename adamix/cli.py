@@ -57,7 +57,8 @@ def add_train(commands: Commands) -> None:
         "OUT/PRIVATE_metrics.jsonl (outside the guarantee)",
     )
     parser.add_argument("--preset", choices=PRESETS, default="adamix", help="a whole method; the settings go over it")
-    add_settings(parser, Config, {"epsilon": 3.0, "expected_batch_size": None})
+    budget = {"epsilon": 3.0, "delta": Config.delta, "expected_batch_size": None}  # the others may be the preset's
+    add_settings(parser, Config, budget)
 
 
 def train(arguments: argparse.Namespace) -> dict[str, Any]:
