@@ -3,8 +3,9 @@
 The files in `results` are what one command each has written, on a quiet machine, from a clean commit:
 
     pytest benchmarks/test_training_steps.py --benchmark-enable --benchmark-json=benchmarks/results/cpu_steps.json -s
-    pytest benchmarks/test_{mixed_training,compiled_steps,subspace_steps,plan,noise_modes}.py --benchmark-enable \
+    pytest benchmarks/test_{mixed_training,compiled_steps,subspace_steps,noise_modes}.py --benchmark-enable \
         --benchmark-json=benchmarks/results/cpu_scaling.json -s
+    pytest benchmarks/test_plan.py --benchmark-enable --benchmark-json=benchmarks/results/cpu_plan.json -s
 
 Of each benchmark `extra_info` has the medians, by contender; `stats` times one of them again.
 """
