@@ -149,7 +149,8 @@ def linear_norm_sq(activations: Tensor, backprops: Tensor, bias: bool = False, m
         a_length, g_length = lengths(a, sizes, bias), lengths(g, sizes)
         floor, rise = 0.0, float32_error(positions)
         if positions < 2:  # the norm is a product of two
-            partials, rise = None, 1 + rise
+            # No columns: a kernel that is given None does not compile, even where it would read nothing.
+            partials, rise = torch.empty(samples, 0, dtype=torch.float64, device=a.device), 1 + rise
         elif method == "gram":
             partials = _gram(a, g, a_length, g_length, bias, sizes)
             floor = positions**2 * 2.0**-147  # of products and errors that underflow
@@ -157,7 +158,7 @@ def linear_norm_sq(activations: Tensor, backprops: Tensor, bias: bool = False, m
             partials, rise = _direct(a, g, bias, sizes), rise + _own_error(positions)
         growth = 1 + (outer * (inner + 1) + 16) * 2.0**-52
         finish_factored[(samples,)](
-            partials, a_length, g_length, norm_sq, positions, 0 if partials is None else partials.shape[1],
+            partials, a_length, g_length, norm_sq, positions, partials.shape[1],
             *double(rise), *double(growth), *double(floor), WIDTH=sizes.row_width, num_warps=1, num_stages=1,
         )  # fmt: skip
     return norm_sq
